@@ -54,7 +54,7 @@ $(extension): $(installed) setup.py torch_bn/_build.py $(shell find csrc -type f
 
 # The .pth line is what an editable install comes down to; pip's own would compile everything anew at each change.
 $(installed): requirements-dev.txt
-	$(PYTHON) -c 'import sys; sys.exit("torch_bn needs Python 3.10 or newer: make PYTHON=..." * (sys.version_info < (3, 10)))'
+	@$(PYTHON) -c 'import sys; sys.exit("torch_bn needs Python 3.10 or newer: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
 	test -x $(python) || $(PYTHON) -m venv $(VENV)
 	$(python) -c 'import torch' 2>/dev/null || $(python) -m pip install '$(TORCH)'
 	$(python) -m pip install -r requirements-dev.txt

@@ -25,10 +25,13 @@ extension = CppExtension("torch_bn._C", sources, depends=headers, extra_compile_
 
 
 class Build(BuildExtension):
+    """Leaves a note beside the extension of the torch that it fits."""
+
     def run(self) -> None:
+        note = Path(self.get_ext_fullpath(extension.name)).with_name("_built_for.txt")
+        self.force = self.force or not note.is_file() or note.read_text() != torch.__version__
         super().run()
-        for name in [extension.name] if self.extensions else []:
-            Path(self.get_ext_fullpath(name)).with_name("_built_for.txt").write_text(f"{torch.__version__}\n")
+        note.write_text(torch.__version__)
 
 
 setup(ext_modules=[] if sys.platform == "win32" else [extension], cmdclass={"build_ext": Build})
