@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"normalization: {normalization(chosen)}")
         run(training, chosen)
     except KeyboardInterrupt:
-        print(f"interrupted; what was finished is in {chosen.output}", file=sys.stderr)
+        last = chosen.output / "checkpoint.pt"
+        print("interrupted" + (f"; to go on, add --resume {last}" if last.exists() else ""), file=sys.stderr)
         return INTERRUPTED
     except (data.DataError, checkpoint.CheckpointError, DivergedError, OSError) as error:
         print(f"train_cnn.py: {error}", file=sys.stderr)
@@ -66,6 +67,8 @@ def prepare(chosen: argparse.Namespace) -> Training:
     training = Training(model, dataset, settings, chosen.device)
     if saved:
         training.load_state_dict(saved["training"])
+        if len(training.history) == chosen.epochs:
+            raise checkpoint.CheckpointError(f"{chosen.resume}: all {chosen.epochs} epochs are trained already")
     return training
 
 
@@ -107,7 +110,7 @@ def normalization(chosen: argparse.Namespace) -> str:
         return "nn.BatchNorm2d"
     facts = torch_bn.build_info()
     if facts["extension"] is None:
-        return f"torch_bn on plain torch operations, for {facts['reason']}"
+        return f"torch_bn on plain torch operations ({facts['reason']})"
     if chosen.device.type == "cuda":
         return "torch_bn on " + ("compiled CUDA kernels" if facts["cuda"] else "plain torch operations, built for CPUs")
     return f"torch_bn on compiled kernels ({facts['cpu_table']})"

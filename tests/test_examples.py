@@ -313,8 +313,8 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(capsys, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "gradients", interrupted)
         assert train_cnn.main([*arguments, "--output", str(tmp_path / "parts")]) == train_cnn.INTERRUPTED
-    assert "interrupted" in capsys.readouterr().err
     path = tmp_path / "parts" / "checkpoint.pt"
+    assert capsys.readouterr().err == f"interrupted; to go on, add --resume {path}\n"
     assert len(checkpoint.load(path)["training"]["history"]) == 1
 
     torch.manual_seed(987)  # nothing may hang on the state of the process
@@ -329,21 +329,26 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(capsys, tmp_pat
 
 
 def test_checkpoint_moves_between_the_norms(tmp_path):
-    arguments = [*QUICK, "--device", "cpu"]
-    assert train_cnn.main([*arguments, "--norm", "torch", "--output", str(tmp_path)]) == 0
-    resumed = train_cnn.prepare(
-        options.parse(None, [*arguments, "--norm", "torch_bn", "--resume", str(tmp_path / "checkpoint.pt")])
-    )
+    started = train_cnn.prepare(options.parse(None, [*QUICK, "--norm", "torch"]))
+    started.epoch()
+    saved = {name: getattr(options.parse(None, QUICK), name) for name in train_cnn.RESUME_MUST_AGREE}
+    checkpoint.save(tmp_path / "checkpoint.pt", {"options": saved, "training": started.state_dict()})
+
+    arguments = [*QUICK, "--norm", "torch_bn", "--resume", str(tmp_path / "checkpoint.pt")]
+    resumed = train_cnn.prepare(options.parse(None, arguments))
     assert isinstance(resumed.model.blocks[0].norm1, torch_bn.BatchNorm2d)
-    assert resumed.accuracy(resumed.held_out) == resumed.history[-1]["held_out_accuracy"]
+    assert resumed.accuracy(resumed.held_out) == pytest.approx(started.history[0]["held_out_accuracy"], abs=1 / 360)
+    assert train_cnn.main([*arguments, "--output", str(tmp_path)]) == 0
 
 
-def test_resume_with_other_options_is_refused(capsys, tmp_path):
+def test_resume_with_other_options_or_of_a_finished_run_is_refused(capsys, tmp_path):
     assert train_cnn.main([*QUICK, "--norm", "torch", "--output", str(tmp_path)]) == 0
-    resume = ["--resume", str(tmp_path / "checkpoint.pt"), "--seed", "1"]
-    assert train_cnn.main([*QUICK, "--norm", "torch", "--output", str(tmp_path), *resume]) == 1
+    resume = [*QUICK, "--norm", "torch", "--resume", str(tmp_path / "checkpoint.pt")]
+    assert train_cnn.main([*resume, "--seed", "1"]) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"train_cnn\.py: .*: to resume, --seed must be 0 as in the checkpoint, got 1\n", error)
+    assert train_cnn.main(resume) == 1
+    assert capsys.readouterr().err.endswith("checkpoint.pt: all 2 epochs are trained already\n")
 
 
 @pytest.fixture
@@ -423,7 +428,7 @@ def test_ctrl_c_ends_a_run_from_any_folder_and_leaves_its_checkpoint(tmp_path):
     finally:
         process.kill()
     assert process.returncode == train_cnn.INTERRUPTED, error
-    assert error.splitlines()[-1] == "interrupted; what was finished is in run"
+    assert error.splitlines()[-1] == "interrupted; to go on, add --resume run/checkpoint.pt"
     assert checkpoint.load(path)["training"]["history"]
     assert not list(path.parent.glob("*.part"))
 
@@ -488,6 +493,7 @@ def test_demo_prints_its_table_and_judges_the_accuracy(capsys, monkeypatch, shor
     assert demo.main() == 1
     captured = capsys.readouterr()
     assert re.search(r"demo\.py: nn\.BatchNorm2d: accuracy must be at least 0\.97, got 0\.\d{4}\n$", captured.err)
+    assert "torch_bn: torch_bn on compiled kernels" in captured.out
     for name in demo.NORMS:
         row = rf"^{re.escape(name)} +0\.\d{{4}} +\d+\.\d\d s +\d+ ms +\d+ ms +\d+ ms$"
         assert re.search(row, captured.out, re.MULTILINE)
