@@ -50,9 +50,7 @@ def batch_norm(
     Raises:
         See :func:`check`; no argument is changed then.
     """
-    axis = check(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
-    )
+    axis = check(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
     shape = [1] * input.dim()
     shape[axis] = input.size(axis)
     x = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
@@ -91,27 +89,33 @@ def _track(
     count: int,
 ) -> None:
     """Moves the running statistics towards a batch of `count` values per channel, and counts the batch."""
-    # A buffer must not collect gradients, of either mode. Everything is computed before the first write: where a write
-    # is refused (torch.vmap refuses to write to a tensor it does not map) nothing has been changed.
+    # A buffer must not collect derivatives, of either mode. Everything is computed before the first write: where writes
+    # are refused (torch.vmap refuses them to a tensor that it does not map) nothing has changed.
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-        writes = []
-        counted = None if num_batches_tracked is None else num_batches_tracked + 1
+        writes: list[tuple[Tensor, Tensor]] = []
+        new_weight: float | Tensor | None = momentum
+        if num_batches_tracked is not None:
+            batches = num_batches_tracked + 1
+            writes.append((num_batches_tracked, batches))
+            if momentum is None:
+                new_weight = 1 / batches.to(mean.dtype).reshape(())
         if running_mean is not None and running_var is not None and count > 0:
-            new_weight = 1 / counted.to(mean.dtype).reshape(()) if momentum is None else momentum  # type: ignore[union-attr]
+            assert new_weight is not None  # check() has seen to it
             for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
                 old = running.to(new.dtype)
                 writes.append((running, old * (1 - new_weight) + new.reshape(old.shape) * new_weight))
-        if num_batches_tracked is not None:
-            writes.append((num_batches_tracked, counted))
-        for buffer, value in writes:
+        for buffer, value in reversed(writes):
             buffer.copy_(value)
 
 
 def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
     """y in the memory format that the input suggests, as torch's own normalizations return it."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(y):
-        return y  # under torch.func the strides seen here are not those of the memory
-    return y.contiguous(memory_format=suggest_memory_format(input))
+    if torch._C._is_tracing():
+        return y  # sizes are tensors there
+    memory_format = suggest_memory_format(input)
+    if memory_format == torch.contiguous_format:
+        return y.contiguous()
+    return y.to(memory_format=memory_format)  # torch.vmap knows no .contiguous(memory_format=channels_last)
 
 
 def _values_per_channel(input: Tensor, axis: int) -> int:
@@ -170,9 +174,7 @@ def check(
     if rank < 1:
         raise ValueError("batch_norm: input must have at least 1 dimension, got 0")
     if not -rank <= axis < rank:
-        raise ValueError(
-            f"batch_norm: axis must be in [{-rank}, {rank - 1}] for an input of rank {rank}, got {axis}"
-        )
+        raise ValueError(f"batch_norm: axis must be in [{-rank}, {rank - 1}] for an input of rank {rank}, got {axis}")
     axis %= rank
     if training and _values_per_channel(input, axis) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
@@ -193,9 +195,7 @@ def check(
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError(
-            "batch_norm: momentum=None averages over all batches and needs num_batches_tracked, got None"
-        )
+        raise ValueError("batch_norm: momentum=None averages over all batches and needs num_batches_tracked, got None")
 
     if input.dtype not in FLOATS:
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{_name(input.dtype)}'")
@@ -206,15 +206,11 @@ def check(
             if tensor.dtype != torch.int64:
                 raise TypeError(f"batch_norm: num_batches_tracked must be Long, got {_name(tensor.dtype)}")
         elif tensor.dtype not in FLOATS:
-            raise TypeError(
-                f"batch_norm: {name} must be Float, Double, Half or BFloat16, got {_name(tensor.dtype)}"
-            )
+            raise TypeError(f"batch_norm: {name} must be Float, Double, Half or BFloat16, got {_name(tensor.dtype)}")
         if tensor.device != input.device:
             raise RuntimeError(f"batch_norm: input is on {input.device} but {name} is on {tensor.device}")
     if num_batches_tracked is not None and num_batches_tracked.numel() != 1:
-        raise ValueError(
-            f"batch_norm: num_batches_tracked must have 1 element, got {num_batches_tracked.numel()}"
-        )
+        raise ValueError(f"batch_norm: num_batches_tracked must have 1 element, got {num_batches_tracked.numel()}")
     for name, tensor in buffers.items():
         if tensor is None:
             continue
@@ -223,12 +219,18 @@ def check(
                 f"The function 'batch_norm' is not differentiable with respect to argument '{name}'. "
                 "This input cannot have requires_grad True."
             )
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        if _carries_tangent(tensor):
             raise RuntimeError(
                 "batch_norm is not differentiable wrt running_mean and running_var, "
                 "they cannot have forward grad defined"
             )
     return axis
+
+
+def _carries_tangent(tensor: Tensor) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _name(dtype: torch.dtype) -> str:
