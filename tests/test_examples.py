@@ -449,27 +449,35 @@ def test_norm_seconds_clocks_forward_and_backward_of_each_layer():
     assert (spent.forward, spent.backward) == before, "the hooks are gone after the block"
 
 
-def test_norm_seconds_catches_a_slow_layer():
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(context, x):
-            time.sleep(0.02)
-            return x.clone()
+class Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x, seconds):
+        context.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
 
-        @staticmethod
-        def backward(context, gradient):
-            time.sleep(0.05)
-            return gradient.clone()
+    @staticmethod
+    def backward(context, gradient):
+        time.sleep(2 * context.seconds)
+        return gradient.clone(), None
 
-    class SlowNorm(nn.BatchNorm2d):
-        def forward(self, x):
-            return Slow.apply(x)
 
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), SlowNorm(2), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1), SlowNorm(2))
+class SlowNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return Sleep.apply(x, 0.02)
+
+
+class SlowOther(nn.Module):
+    def forward(self, x):
+        return Sleep.apply(x, 0.4)
+
+
+def test_norm_seconds_clocks_slow_norms_and_nothing_else():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), SlowNorm(2), nn.ReLU(inplace=True), SlowOther(), SlowNorm(2))
     with norm_time.norm_seconds(model) as spent:
         model(torch.randn(3, 1, 4, 4)).sum().backward()
-    assert 0.04 <= spent.forward < 0.09
-    assert 0.10 <= spent.backward < 0.20
+    assert 2 * 0.02 <= spent.forward < 0.4
+    assert 2 * 0.04 <= spent.backward < 0.8
 
 
 def test_norm_seconds_refuses_layers_of_plain_operations():
