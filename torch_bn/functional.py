@@ -156,6 +156,6 @@ def _obstacle(input: Tensor) -> str | None:
         return "they do not serve inside torch.func transforms"
     if forward_ad._current_level >= 0:
         return "they have no forward-mode derivative"
-    if torch._C._is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace does not record them"
     return None

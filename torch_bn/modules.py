@@ -8,6 +8,38 @@ from torch import Tensor, nn
 
 from .functional import _batch_norm, _check_fused
 
+_ARGUMENTS = """
+    A subclass with the same meaning, state, state_dict and errors. The formula: :func:`torch_bn.functional.batch_norm`.
+
+    Args:
+        num_features: C, the size of the channel axis.
+        eps: added to the variance; positive. Default: 1e-5.
+        momentum: weight of a batch in the running statistics, usually in [0, 1]; None averages over all batches since
+            reset_running_stats(). Default: 0.1.
+        affine: have a weight and a bias. Default: True.
+        track_running_stats: have running statistics, for evaluation. Without them evaluation normalises with the
+            statistics of the batch as training does. Default: True.
+        device, dtype: of parameters and running statistics; float32, float64, float16 or bfloat16, whatever the dtype
+            of the inputs. Default: torch's.
+        bias: False leaves out the bias. Default: True.
+        scale: False leaves out the weight. Default: True.
+        axis: which axis of the input holds the channels; negative ones count from the end. Default: 1.
+        fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
+            they can serve.
+
+    State:
+        weight, bias: parameters, C values each, ones and zeros at first.
+        running_mean, running_var: buffers, C values each, zeros and ones at first; training moves them towards the
+            mean and the unbiased variance of each batch.
+        num_batches_tracked: buffer, one int64; training adds one for each batch, an empty one too.
+
+    Raises:
+        ValueError: an input of another rank, one value per channel in training, `axis` out of range.
+        RuntimeError: an input with another number of channels, or on another device.
+        TypeError: `axis` not an int, `fused` not one of its three values.
+        The others are those of :func:`torch_bn.functional.batch_norm`. The state does not change then.
+    """
+
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three layers share. Everything not named here is nn.BatchNorm's own."""
@@ -109,7 +141,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_num_features(self, input: Tensor) -> None:
         """For a layer without any tensor whose length would tell."""
         if input.size(self.axis) != self.num_features:
-            raise ValueError(
+            raise RuntimeError(
                 f"{type(self).__name__}: input.size({self.axis}) must be num_features, {self.num_features}, "
                 f"got {input.size(self.axis)}"
             )
@@ -131,12 +163,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    __doc__ = f"""nn.BatchNorm1d on compiled kernels, for inputs [N, C] or [N, C, L].\n{_ARGUMENTS}"""
     _ranks = (2, 3)
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    __doc__ = f"""nn.BatchNorm2d on compiled kernels, for inputs [N, C, H, W].\n{_ARGUMENTS}"""
     _ranks = (4,)
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    __doc__ = f"""nn.BatchNorm3d on compiled kernels, for inputs [N, C, D, H, W].\n{_ARGUMENTS}"""
     _ranks = (5,)

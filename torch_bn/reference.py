@@ -72,7 +72,7 @@ def batch_norm(
 
 def _moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The mean and biased variance of each channel, [C] each; 0 and 1 where there is nothing to average."""
-    if _values_per_channel(x, axis) == 0:
+    if x.numel() == 0:
         return x.new_zeros(x.size(axis)), x.new_ones(x.size(axis))
     others = [other for other in range(x.dim()) if other != axis]
     var, mean = torch.var_mean(x, others, correction=0)
@@ -110,7 +110,7 @@ def _track(
 
 def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
     """y in the memory format that the input suggests, as torch's own normalizations return it."""
-    if torch._C._is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return y  # sizes are tensors there
     memory_format = suggest_memory_format(input)
     if memory_format == torch.contiguous_format:
