@@ -146,9 +146,17 @@ def _compile(folder: Path, verbose: bool) -> None:
 
 
 def _run(command: list[str], environment: dict[str, str], verbose: bool) -> None:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     log = []
-    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
         try:
             for line in process.stdout:
                 log.append(line)

@@ -1,0 +1,102 @@
+"""The architecture is a test: include and import arrows, one list of flags, no symbol shared by two instruction sets."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+from architecture import forbidden_imports, forbidden_in_csrc, weak_symbols
+
+from torch_bn import _build
+
+PACKAGE = Path(_build.__file__).parent
+ISA_FILES = [path for path in sorted(_build.CSRC.glob("cpu/*.cpp")) if ".inl" in path.read_text()]
+COMPILER = os.environ.get("CXX", "c++")
+
+
+def compile_object(source: Path, target: Path, *flags: str) -> Path:
+    subprocess.run([COMPILER, *_build.CXX_FLAGS, *flags, "-fPIC", "-c", source, "-o", target], check=True)
+    return target
+
+
+def test_csrc_keeps_to_the_arrows() -> None:
+    assert forbidden_in_csrc(_build.CSRC) == []
+
+
+def test_the_package_keeps_to_the_arrows() -> None:
+    assert forbidden_imports(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "finding"),
+    [
+        ("kernels.h", "#include <vector>", "may not include <vector>"),
+        ("math/affine.h", "#include <cmath>", "may not include <cmath>"),
+        ("math/affine.h", '#include "../kernels.h"', "may not include kernels.h"),
+        ("cpu/avx2.cpp", "#include <ATen/Parallel.h>", "may not include <ATen/Parallel.h>"),
+        ("cpu/avx2.cpp", '#include "../torch/checks.h"', "may not include torch/checks.h"),
+        ("cpu/avx2.cpp", '#include "../cuda/device.cuh"', "may not include cuda/device.cuh"),
+        ("cpu/select.cpp", "#include <thread>", "may not include <thread>"),
+        ("cpu/loops.inl", "float* scratch = (float*)malloc(8);", "may not use malloc"),
+        ("cpu/loops.inl", "float* scratch = new float[8];", "may not use new"),
+        ("cpu/loops.inl", "std::vector<float> scratch;", "may not use std::vector"),
+        ("cpu/loops.inl", '#include "target.h"', "may include nothing, not even cpu/target.h"),
+        ("cpu/avx2.cpp", 'BN_TARGET_BEGIN("avx2")\n#include "target.h"', "cpu/target.h would be compiled for"),
+        ("torch/ops.cpp", "#include <torch/extension.h>", "may not include <torch/extension.h>"),
+        ("torch/ops.cpp", "#include <torch/all.h>", "may not include <torch/all.h>"),
+        ("torch/ops.cpp", "# include <ATen/ATen.h>", "may not include <ATen/ATen.h>"),
+        ("torch/ops.cpp", '#include "../math/affine.h"', "may not include math/affine.h"),
+    ],
+)
+def test_a_forbidden_line_in_csrc_is_found(tmp_path: Path, file: str, line: str, finding: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"// malloc, new and #include <torch/all.h> in a comment harm nobody\n{line}\n")
+    findings = forbidden_in_csrc(tmp_path)
+    assert len(findings) == 1 and findings[0].startswith(f"{file}: ") and finding in findings[0], findings
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "finding"),
+    [
+        ("reference", "from . import functional", "may not import functional"),
+        ("reference", "from .functional import batch_norm", "may not import functional"),
+        ("functional", "def f():\n    from .modules import BatchNorm1d", "may not import modules"),
+        ("modules", "import numpy as np", "may not import numpy"),
+        ("_build", "import torch.utils", "may not import torch"),
+        ("unheard_of", "", "say in tests/architecture.py what it may import"),
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path: Path, module: str, line: str, finding: str) -> None:
+    (tmp_path / f"{module}.py").write_text(f"import os\n{line}\n")
+    assert forbidden_imports(tmp_path) == [f"{module}: {finding}"]
+
+
+@pytest.mark.parametrize("source", ISA_FILES, ids=lambda path: path.stem)
+def test_each_instruction_set_keeps_to_itself(tmp_path: Path, source: Path) -> None:
+    for optimization in ("-O0", "-O3"):
+        compiled = compile_object(source, tmp_path / "object.o", optimization)
+        assert weak_symbols(compiled) == [], optimization
+    if platform.machine() == "x86_64":
+        assembly = subprocess.run(["objdump", "-d", compiled], check=True, capture_output=True, text=True).stdout
+        widest = max(register for register in ("xmm", "ymm", "zmm") if f"%{register}" in assembly)
+        assert widest == {"avx2": "ymm", "avx512": "zmm"}.get(source.stem, "xmm")
+
+
+def test_a_symbol_shared_between_instruction_sets_is_found(tmp_path: Path) -> None:
+    source = tmp_path / "shared.cpp"
+    source.write_text("inline int shared(int x) { return x + 1; }\nint (*use)(int) = shared;\n")
+    assert weak_symbols(compile_object(source, tmp_path / "object.o")) == ["shared(int)"]
+
+
+def test_one_list_of_flags_serves_every_file() -> None:
+    assert not [flag for flag in _build.CXX_FLAGS if flag.startswith(("-m", "-ffast-math", "-Ofast"))]
+    assert "-fopenmp" in _build.CXX_FLAGS, "at::parallel_for is silently serial without it"
+
+
+def test_every_source_is_listed_under_a_name_of_its_own() -> None:
+    listed = [Path(path) for path in _build.sources()]
+    assert sorted(_build.CSRC.rglob("*.cpp")) == listed
+    stems = [path.stem for path in listed]
+    assert len(set(stems)) == len(stems), "objects compiled on demand lie in one folder, named by the file alone"
