@@ -19,10 +19,10 @@ Averages = Mapping[tuple[Series, str, str], Mean]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One row of panels for each group of layers, one column for each direction; longer bars are better."""
+    """One row of panels for each group of layers, one column for each direction; higher bars are better."""
     groups = list(dict.fromkeys(row.group for row in rows))
     figure = Figure(figsize=(15, 2.9 * len(groups) + 0.9), layout="constrained")
-    panels = figure.subplots(len(groups), len(DIRECTIONS), squeeze=False)
+    panels = figure.subplots(len(groups), len(DIRECTIONS), sharey="row", squeeze=False)
     averages = means(rows)
     for line, group in zip(panels, groups, strict=True):
         members = list(dict.fromkeys(series(row) for row in rows if row.group == group))

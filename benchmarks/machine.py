@@ -1,9 +1,11 @@
 """Where and on what a measurement was taken: the processor, its last-level cache, the version of the code."""
 
+import ctypes
 import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -11,6 +13,9 @@ RESULTS = "benchmarks/results"
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 TYPICAL_CACHE = 32 << 20
+
+# M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt, beyond what a case frees and allocates at once.
+KEEP_MEMORY = ((-1, 1 << 30), (-3, 32 << 20))
 
 
 def cores() -> int:
@@ -30,6 +35,14 @@ def last_level_cache() -> int:
     sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=TYPICAL_CACHE)
+
+
+def keep_memory() -> None:
+    """Makes glibc keep the memory that tensors leave behind. Otherwise it hands some of it back at random, and whoever
+    allocates next pays for fetching it again page by page, which is as long as a batch norm. Elsewhere does nothing."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in KEEP_MEMORY:
+            libc.mallopt(parameter, value)
 
 
 def commit() -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,10 +67,16 @@ torch's median in milliseconds, torch_bn's, and the ratio.
 """
 
 
+def as_json(rows: Sequence[Row]) -> str:
+    """`columns` and `data`, one line for each row: what pandas.read_json(..., orient="split") reads."""
+    data = ",\n".join(json.dumps(astuple(row)) for row in rows)
+    return f'{{"columns": {json.dumps([field.name for field in fields(Row)])}, "data": [\n{data}\n]}}\n'
+
+
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Writes the tables, the rows as JSON and the picture, named after the device."""
+    """Writes the rows as JSON, the tables and the picture, named after the device."""
     stem = folder / rows[0].device
-    stem.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    stem.with_suffix(".json").write_text(as_json(rows))
     stem.with_suffix(".md").write_text(markdown(rows))
     draw(rows, stem.with_suffix(".png"))
 

@@ -343,7 +343,9 @@ class TestCommand:
         assert all(float(line["p20_ms"]) <= float(line["median_ms"]) <= float(line["p80_ms"]) for line in lines)
         assert all(int(line["rounds"]) >= 5 and float(line["GB_per_s"]) > 0 for line in lines)
         assert {line["provider"] for line in lines} >= {TORCH, COPY}
-        assert [row["provider"] for row in json.loads((tmp_path / "cpu.json").read_text())] == [
+        table = json.loads((tmp_path / "cpu.json").read_text())
+        assert table["columns"] == list(lines[0]) and len(table["data"]) == len(lines)
+        assert [row[table["columns"].index("provider")] for row in table["data"]] == [
             line["provider"] for line in lines
         ]
         assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
