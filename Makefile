@@ -34,11 +34,11 @@ native-tests: build
 
 # Everything on the best CPU table of this machine, then on each other table the tests that its kernels could fail.
 python-tests: build
-	set -e; select=""; \
-	for table in $$($(python) -c "from torch_bn import _C; print(*_C.cpu_tables())"); do \
-		echo "TORCH_BN_CPU=$$table pytest $$select"; \
-		TORCH_BN_CPU=$$table $(python) -m pytest -q $(native_tests:%=--ignore=%) $$select; \
-		select="-m kernels"; \
+	tables=$$($(python) -c "import torch_bn; print(*torch_bn.build_info()['cpu_tables'])"); test -n "$$tables" || exit 1; \
+	for table in $$tables; do \
+		echo "TORCH_BN_CPU=$$table pytest $$selected"; \
+		TORCH_BN_CPU=$$table $(python) -m pytest -q $(native_tests:%=--ignore=%) $$selected || exit 1; \
+		selected="-m kernels"; \
 	done
 
 bench: build

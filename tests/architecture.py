@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "_build": set(),
     "_compile": {"_build"},
     "_operators": {"_compile", "_C", "_fake", "__version__"},
-    "_fake": set(),
+    "_fake": {"reference"},
     "reference": set(),
     "functional": {"_operators", "reference"},
     "modules": {"functional"},
