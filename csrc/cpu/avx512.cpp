@@ -1,0 +1,19 @@
+#if defined(__x86_64__)
+#include "includes.h"
+#include "target.h"
+
+#define BN_VECTOR_BYTES 64
+BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+namespace torch_bn::cpu {
+namespace {
+#include "vector.inl"
+#include "loops.inl"
+#include "moments.inl"
+#include "gradients.inl"
+#include "maps.inl"
+#include "kernels.inl"
+}  // namespace
+const Kernels avx512{"avx512", workspace_bytes, forward, inference, backward};
+}  // namespace torch_bn::cpu
+BN_TARGET_END
+#endif

@@ -1,0 +1,15 @@
+// The instruction set that every CPU of the architecture has: SSE2 on x86-64, NEON on AArch64.
+#include "includes.h"
+
+#define BN_VECTOR_BYTES 16
+namespace torch_bn::cpu {
+namespace {
+#include "vector.inl"
+#include "loops.inl"
+#include "moments.inl"
+#include "gradients.inl"
+#include "maps.inl"
+#include "kernels.inl"
+}  // namespace
+const Kernels baseline{"baseline", workspace_bytes, forward, inference, backward};
+}  // namespace torch_bn::cpu

@@ -1,0 +1,125 @@
+// How the elements are walked: which outer indices a group has, how they are cut into slices and blocks,
+// and the inner loops over one plane (adjacent elements of one channel) and over rows (adjacent channels).
+// Included after vector.inl, inside a target region and an anonymous namespace.
+
+BN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+BN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class Body>
+void parallel_for(const Executor& executor, int64_t count, int64_t grain, const Body& body) {
+  executor.parallel_for(
+      count, grain,
+      [](void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); },
+      const_cast<Body*>(&body));
+}
+
+/// A register's worth of lanes, where the number of lanes is otherwise given.
+struct All {};
+template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { return load<D>(p); }
+template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
+template <class D> BN_INLINE Vec<D> keep(Vec<D> v, All) { return v; }
+
+/// Calls f(i, count) on every register of n adjacent elements: whole ones, then the rest.
+template <class D, class F>
+BN_INLINE void each_register(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
+  if (i < n) f(i, int(n - i));
+}
+
+/// Two sums over the same elements, in four independent chains.
+template <class D>
+struct Sums {
+  Vec<D> first[4] = {}, second[4] = {};
+
+  /// Calls f(i, count, first, second) on every register of n adjacent elements.
+  template <class F>
+  void add(int64_t n, const F& f) {
+    constexpr int64_t kStep = 4 * kLanes<D>;
+    const int64_t whole = n - n % kStep;
+    for (int64_t i = 0; i < whole; i += kStep)
+      for (int k = 0; k < 4; ++k) f(i + k * kLanes<D>, All{}, first[k], second[k]);
+    int k = 0;
+    each_register<D>(n - whole, [&](int64_t i, auto count) {
+      f(whole + i, count, first[k], second[k]);
+      ++k;
+    });
+  }
+  double total_first() const { return sum_of_lanes<D>((first[0] + first[1]) + (first[2] + first[3])); }
+  double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
+};
+
+/// The outer indices of one group, numbered from 0.
+struct GroupOuters {
+  int64_t count, group, groups, per_example;
+
+  BN_INLINE GroupOuters of(const Extent& e, int64_t group) {
+    const int64_t examples = e.outer / e.outer_per_example;
+    return {ceil_div(examples - group, e.groups) * e.outer_per_example, group, e.groups, e.outer_per_example};
+  }
+  int64_t operator[](int64_t j) const {
+    return groups == 1 ? j : (j / per_example * groups + group) * per_example + j % per_example;
+  }
+};
+
+BN_INLINE int64_t group_of(const Extent& e, int64_t outer) {
+  return e.groups == 1 ? 0 : outer / e.outer_per_example % e.groups;
+}
+
+/// A number of registers, as a type.
+template <int kCount>
+struct Width {
+  static constexpr int value = kCount;
+};
+
+/// How a reduction is cut. A function of the shape alone: the order in which sums are merged, and with it every bit of
+/// the result, does not depend on the number of threads.
+struct Partition {
+  int64_t slices;         // of one group's outers (and of its planes, where they are long), merged in order
+  int64_t block;          // elements of a plane, or rows, that are summed in the compute type
+  int64_t parts;          // blocks in a plane; 1 for rows
+  int64_t whole;          // planes in a block, where they are short
+};
+
+constexpr int64_t kPlaneBlock = 2048, kRowBlock = 128, kRowSlice = 256, kPlaneSlice = 32768, kChannelBlock = 256;
+
+BN_INLINE Partition partition_of(const Extent& e) {
+  const int64_t outers = ceil_div(e.outer, e.groups);
+  if (e.inner == 1) {
+    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, kChannelBlock));
+    return {most(1, least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
+  }
+  const int64_t wanted = ceil_div(256, e.groups * e.channels);
+  return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, ceil_div(e.inner, kPlaneBlock),
+          most(1, kPlaneBlock / e.inner)};
+}
+
+/// Units (parts of planes, or rows) [first, last) of one slice of one group.
+struct Range {
+  int64_t first, last;
+};
+
+BN_INLINE Range slice_of(int64_t units, int64_t slice, int64_t slices) {
+  return {units * slice / slices, units * (slice + 1) / slices};
+}
+
+/// One run of adjacent elements of a channel: `count` from position `begin` of the plane at `outer`.
+struct Segment {
+  int64_t outer, begin, count;
+};
+
+BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupOuters& outers, int64_t unit) {
+  if (cut.parts == 1) return {outers[unit], 0, e.inner};
+  const int64_t begin = unit % cut.parts * cut.block;
+  return {outers[unit / cut.parts], begin, least(cut.block, e.inner - begin)};
+}
+
+/// How many samples of one channel a slice holds.
+BN_INLINE double slice_count(const Extent& e, const Partition& cut, int64_t group, int64_t slice) {
+  const Range units = slice_of(GroupOuters::of(e, group).count * cut.parts, slice, cut.slices);
+  const auto before = [&](int64_t unit) {  // whole planes, and the whole blocks of the last one
+    return unit / cut.parts * e.inner + unit % cut.parts * cut.block;
+  };
+  return double(cut.parts == 1 ? (units.last - units.first) * e.inner : before(units.last) - before(units.first));
+}

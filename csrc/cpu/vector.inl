@@ -1,0 +1,139 @@
+// Registers of one instruction set, and how each dtype is read into and written from them.
+// Included inside a target region and an anonymous namespace; BN_VECTOR_BYTES is the width of the registers.
+
+template <typename T, int kBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+
+typedef VectorOf<uint32_t, BN_VECTOR_BYTES>::type Bits;
+typedef VectorOf<uint16_t, BN_VECTOR_BYTES / 2>::type HalfBits;
+typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
+
+BN_INLINE Bits choose(Bits condition, Bits yes, Bits no) { return (condition & yes) | (~condition & no); }
+
+/// How elements are stored, and the type that all arithmetic on them uses.
+struct F32 {
+  typedef float Element;
+  typedef float Compute;
+  typedef Floats Stored;
+  BN_INLINE Floats widen(Floats v) { return v; }
+  BN_INLINE Floats narrow(Floats v) { return v; }
+};
+
+struct F64 {
+  typedef double Element;
+  typedef double Compute;
+  typedef VectorOf<double, BN_VECTOR_BYTES>::type Stored;
+  BN_INLINE Stored widen(Stored v) { return v; }
+  BN_INLINE Stored narrow(Stored v) { return v; }
+};
+
+struct BF16 {
+  typedef uint16_t Element;
+  typedef float Compute;
+  typedef HalfBits Stored;
+  BN_INLINE Floats widen(HalfBits h) { return (Floats)(__builtin_convertvector(h, Bits) << 16); }
+  /// Rounds to nearest even; NaN stays NaN.
+  BN_INLINE HalfBits narrow(Floats v) {
+    const Bits bits = (Bits)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector(choose((Bits)(v == v), rounded, bits | 0x400000) >> 16, HalfBits);
+  }
+};
+
+struct F16 {
+  typedef uint16_t Element;
+  typedef float Compute;
+  typedef HalfBits Stored;
+  /// Moves the exponent's bias from 15 to 127; subnormals gain their implicit bit by a subtraction.
+  BN_INLINE Floats widen(HalfBits h) {
+    const Bits half = __builtin_convertvector(h, Bits), shifted = (half & 0x7fff) << 13;
+    const Bits exponent = shifted & (0x7c00u << 13), rebiased = shifted + (112u << 23);
+    const Bits special = (Bits)(exponent == (0x7c00u << 13)), subnormal = (Bits)(exponent == 0);
+    const Bits normalized = (Bits)((Floats)(rebiased + (1u << 23)) - (Floats)(Bits{} + (113u << 23)));
+    return (Floats)(choose(subnormal, normalized, rebiased + (special & (112u << 23))) | ((half & 0x8000) << 16));
+  }
+  /// Rounds to nearest even, into subnormals too; 65520 and more become infinite, NaN stays NaN.
+  BN_INLINE HalfBits narrow(Floats v) {
+    const Bits sign = (Bits)v & 0x80000000u, magnitude = (Bits)v ^ sign;
+    const Bits magic = Bits{} + (126u << 23);
+    const Bits subnormal = (Bits)((Floats)magnitude + (Floats)magic) - magic;
+    const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Bits special = choose((Bits)(magnitude > 0x7f800000u), Bits{} + 0x7e00, Bits{} + 0x7c00);
+    const Bits finite = choose((Bits)(magnitude < (113u << 23)), subnormal, normal);
+    return __builtin_convertvector(choose((Bits)(magnitude >= (143u << 23)), special, finite) | (sign >> 16), HalfBits);
+  }
+};
+
+template <class D>
+using Vec = typename VectorOf<typename D::Compute, BN_VECTOR_BYTES>::type;
+
+template <class D>
+constexpr int kLanes = BN_VECTOR_BYTES / sizeof(typename D::Compute);
+
+template <class D>
+BN_INLINE Vec<D> splat(typename D::Compute value) {
+  return Vec<D>{} + value;
+}
+
+/// A whole register from memory of any alignment.
+template <class D>
+BN_INLINE Vec<D> load(const typename D::Element* p) {
+  typename D::Stored stored;
+  __builtin_memcpy(&stored, p, sizeof stored);
+  return D::widen(stored);
+}
+
+/// The first `count` lanes from memory, zero in the others. Compiles to masked loads where there are any.
+template <class D>
+BN_INLINE Vec<D> load(const typename D::Element* p, int count) {
+  typename D::Element lanes[kLanes<D>];
+  for (int i = 0; i < kLanes<D>; ++i) lanes[i] = i < count ? p[i] : typename D::Element(0);
+  return load<D>(lanes);
+}
+
+template <class D>
+BN_INLINE void store(typename D::Element* p, Vec<D> v) {
+  const typename D::Stored stored = D::narrow(v);
+  __builtin_memcpy(p, &stored, sizeof stored);
+}
+
+template <class D>
+BN_INLINE void store(typename D::Element* p, Vec<D> v, int count) {
+  typename D::Element lanes[kLanes<D>];
+  store<D>(lanes, v);
+  for (int i = 0; i < kLanes<D>; ++i)
+    if (i < count) p[i] = lanes[i];
+}
+
+/// v in the first `count` lanes, zero in the others.
+template <class D>
+BN_INLINE Vec<D> keep(Vec<D> v, int count) {
+  for (int i = 0; i < kLanes<D>; ++i) v[i] = i < count ? v[i] : 0;
+  return v;
+}
+
+template <class D>
+BN_INLINE double sum_of_lanes(Vec<D> v) {
+  double total = 0;
+  for (int i = 0; i < kLanes<D>; ++i) total += v[i];
+  return total;
+}
+
+/// One element, through the same conversion.
+template <class D>
+BN_INLINE double element(const typename D::Element* p) {
+  return load<D>(p, 1)[0];
+}
+
+/// The per-channel parameters of a dtype.
+template <class D>
+struct ParameterOf {
+  typedef F32 type;
+};
+template <>
+struct ParameterOf<F64> {
+  typedef F64 type;
+};
+template <class D>
+using Parameter = typename ParameterOf<D>::type;

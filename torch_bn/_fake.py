@@ -1,0 +1,70 @@
+"""What the operators return, in shapes, dtypes and strides alone: for meta tensors, torch.compile and torch.export."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from . import reference
+
+
+def _register(name: str, fake: Any) -> None:
+    torch.library.register_fake(f"torch_bn::{name}", fake)
+
+
+def _output(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    axis: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    axis = reference.check(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps, axis
+    )
+    statistics = input.new_empty((2, input.size(axis)), dtype=torch.float64)
+    return _output(input), statistics[0], statistics[1]
+
+
+def _inference(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    axis: int,
+) -> Tensor:
+    reference.check(input, weight, bias, running_mean, running_var, None, False, None, eps, axis)
+    return _output(input)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    eps: float,
+    axis: int,
+    needs_input_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    grad_input = _output(input) if needs_input_grad else input.new_empty((0,))
+    grad_weight = input.new_empty((input.size(axis),), dtype=dtype)
+    return grad_input, grad_weight, torch.empty_like(grad_weight)
+
+
+_register("_batch_norm_forward", _forward)
+_register("_batch_norm_inference", _inference)
+_register("_batch_norm_backward", _backward)
