@@ -152,7 +152,7 @@ def _obstacle(input: Tensor) -> str | None:
         return f"{_operators.unavailable_reason()}; torch_bn.load() compiles them"
     if not (input.is_cpu or input.is_meta):
         return f"they run on the cpu and the input is on {input.device}"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         return "they do not serve inside torch.func transforms"
     if forward_ad._current_level >= 0:
         return "they have no forward-mode derivative"
