@@ -21,6 +21,7 @@ from .run import Effort, measure_cases
 
 DEVICE = "cpu"
 SAVED = f"{DEVICE}.csv"
+BUSY = 0.5  # processes besides this one, which has only just started
 FULL_EFFORT = Effort(seconds=510.0, least_rounds=9)
 QUICK_EFFORT = Effort(seconds=4.0, least_rounds=5)
 
@@ -81,6 +82,10 @@ def _pattern(text: str) -> re.Pattern[str]:
 def _measure(options: argparse.Namespace) -> list[Row]:
     torch.set_num_threads(options.threads)
     machine.keep_memory()
+    if machine.load() > BUSY:
+        print(
+            f"The machine was busy in the last minute (load {machine.load():.1f}): what else runs distorts the times."
+        )
     setting = Setting(
         DEVICE, options.threads, machine.description(), machine.commit(), date.today().isoformat(), torch.__version__
     )

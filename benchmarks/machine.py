@@ -37,6 +37,11 @@ def last_level_cache() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=TYPICAL_CACHE)
 
 
+def load() -> float:
+    """How many processes have competed for the cores in the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def keep_memory() -> None:
     """Makes glibc keep the memory that tensors leave behind. Otherwise it hands some of it back at random, and whoever
     allocates next pays for fetching it again page by page, which is as long as a batch norm. Elsewhere does nothing."""
