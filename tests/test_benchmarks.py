@@ -305,6 +305,7 @@ class TestVerification:
         rows = list(measure_cases([ODD], [Provider("failing", fail)], False, self.effort, SETTING))
         assert {row.error for new in rows for row in new} == {f"failing on {ODD.name}: cannot be built"}
 
+    @pytest.mark.kernels
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
         "shape, layout",
