@@ -396,6 +396,16 @@ def test_compiles_into_one_graph(training, fused):
     torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))
 
 
+@needs_kernels
+def test_compiled_graphs_hold_the_operator():
+    graphs = []
+    torch._dynamo.reset()
+    torch.compile(batch_norm, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(
+        torch.randn(5, 3), torch.zeros(3), torch.ones(3)
+    )
+    assert _operators.batch_norm in [node.target for node in graphs[0].graph.nodes]
+
+
 @both_paths
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_every_grad_mode(mode, fused):

@@ -101,6 +101,17 @@ def test_flags_changed_after_construction_mean_what_they_mean_to_torch(torchs, o
 
 
 @both_paths
+def test_evaluation_counts_no_batch_even_where_it_uses_its_statistics(fused):
+    plain, layer = pair(nn.BatchNorm1d, torch_bn.BatchNorm1d, fused)
+    for module in (plain, layer):
+        module.eval()
+        module.running_mean = module.running_var = None
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert layer.num_batches_tracked == plain.num_batches_tracked
+
+
+@both_paths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every_rank
 def test_to_dtype_moves_everything_but_the_counter(torchs, ours, shape, dtype, fused):

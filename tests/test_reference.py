@@ -144,10 +144,10 @@ def test_an_empty_batch_changes_only_the_counter():
 
 
 @pytest.mark.parametrize("mean", [0, 10, 1e3, 1e4])
-def test_a_distant_mean_costs_no_digits_beyond_those_of_the_mean_itself(mean):
+def test_a_distant_mean_costs_only_the_rounding_of_the_mean_itself(mean):
     x = torch.randn(64, 3, 7) + mean
     expected = normalized(x, None, None, *moments(x, 1)[:2], 1e-5, 1)
-    close(call(x), expected, {"rtol": 0, "atol": 1e-6 + mean * 2**-23})
+    close(call(x), expected, {"rtol": 0, "atol": 2e-6 + mean * 1.05 * 2**-24})
 
 
 def layouts() -> dict[str, Tensor]:
@@ -155,6 +155,9 @@ def layouts() -> dict[str, Tensor]:
     return {
         "contiguous": plain,
         "channels_last": plain.to(memory_format=torch.channels_last),
+        "channels_last, one channel": plain[:, :1].contiguous(memory_format=torch.channels_last),
+        "channels_last, one pixel": plain[..., :1, :1].contiguous(memory_format=torch.channels_last),
+        "channels_last, one example": plain[:1].contiguous(memory_format=torch.channels_last),
         "channels_last_3d": torch.randn(2, 3, 4, 3, 2).to(memory_format=torch.channels_last_3d),
         "sliced channels": plain[:, 1:4],
         "sliced channels_last": plain.to(memory_format=torch.channels_last)[:, 1:4],
@@ -165,6 +168,10 @@ def layouts() -> dict[str, Tensor]:
     }
 
 
+def meaningful_strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("layout", layouts())
 def test_any_layout_gives_the_same_values_in_the_format_that_torch_returns(layout, training, tolerances):
@@ -172,7 +179,8 @@ def test_any_layout_gives_the_same_values_in_the_format_that_torch_returns(layou
     statistics = torch.randn(x.size(1)), torch.rand(x.size(1))
     expected = torch.nn.functional.batch_norm(x, *(s.clone() for s in statistics), training=training)
     y = call(x, None, None, *statistics, training=training)
-    torch.testing.assert_close(y, expected, check_stride=True, **tolerances[torch.float32])
+    torch.testing.assert_close(y, expected, **tolerances[torch.float32])
+    assert meaningful_strides(y) == meaningful_strides(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
