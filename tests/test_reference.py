@@ -150,15 +150,15 @@ def test_a_distant_mean_costs_only_the_rounding_of_the_mean_itself(mean):
     close(call(x), expected, {"rtol": 0, "atol": 2e-6 + mean * 1.05 * 2**-24})
 
 
-def layouts() -> dict[str, Tensor]:
-    plain = torch.randn(4, 6, 5, 3)
+def layouts(dtype=torch.float32) -> dict[str, Tensor]:
+    plain = torch.randn(4, 6, 5, 3, dtype=dtype)
     return {
         "contiguous": plain,
         "channels_last": plain.to(memory_format=torch.channels_last),
         "channels_last, one channel": plain[:, :1].contiguous(memory_format=torch.channels_last),
         "channels_last, one pixel": plain[..., :1, :1].contiguous(memory_format=torch.channels_last),
         "channels_last, one example": plain[:1].contiguous(memory_format=torch.channels_last),
-        "channels_last_3d": torch.randn(2, 3, 4, 3, 2).to(memory_format=torch.channels_last_3d),
+        "channels_last_3d": torch.randn(2, 3, 4, 3, 2, dtype=dtype).to(memory_format=torch.channels_last_3d),
         "sliced channels": plain[:, 1:4],
         "sliced channels_last": plain.to(memory_format=torch.channels_last)[:, 1:4],
         "permuted": plain.permute(3, 1, 0, 2),
@@ -173,13 +173,14 @@ def meaningful_strides(tensor: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", layouts())
-def test_any_layout_gives_the_same_values_in_the_format_that_torch_returns(layout, training, tolerances):
-    x = layouts()[layout]
+def test_any_layout_gives_the_same_values_in_the_format_that_torch_returns(layout, dtype, training, tolerances):
+    x = layouts(dtype)[layout]
     statistics = torch.randn(x.size(1)), torch.rand(x.size(1))
     expected = torch.nn.functional.batch_norm(x, *(s.clone() for s in statistics), training=training)
     y = call(x, None, None, *statistics, training=training)
-    torch.testing.assert_close(y, expected, **tolerances[torch.float32])
+    torch.testing.assert_close(y, expected, **tolerances[dtype])
     assert meaningful_strides(y) == meaningful_strides(expected)
 
 

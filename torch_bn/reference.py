@@ -109,13 +109,11 @@ def _track(
 
 
 def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
-    """y in the memory format that the input suggests, as torch's own normalizations return it."""
+    """y as torch's own normalizations return it: channels_last as the input is, which the operations have kept, or
+    contiguous, where they have kept other permutations as well."""
     if torch._C._get_tracing_state() is not None:
         return y  # sizes are tensors there
-    memory_format = suggest_memory_format(input)
-    if memory_format == torch.contiguous_format:
-        return y.contiguous()
-    return y.to(memory_format=memory_format)  # torch.vmap knows no .contiguous(memory_format=channels_last)
+    return y.contiguous() if suggest_memory_format(input) == torch.contiguous_format else y
 
 
 def _values_per_channel(input: Tensor, axis: int) -> int:
