@@ -12,7 +12,7 @@ _APPLE = sys.platform == "darwin"
 _CLANG = _APPLE or "clang" in os.path.basename(os.path.realpath(shutil.which(os.environ.get("CXX", "c++")) or ""))
 
 CXX_FLAGS = [
-    # Three quarters of the speed of compiling at -O3 is lost on unrolled remainders; the loops that count are the same.
+    # -O3 takes far longer to compile, for unrolled remainders; the loops that count are the same.
     "-O2",
     *([] if _CLANG else ["-ftree-vectorize", "-fvect-cost-model=dynamic"]),
     # NB: not -ffast-math. These two change no value: nobody reads errno or the floating point flags.
