@@ -1,8 +1,8 @@
 // The reduction of the backward pass: sums of dz and of dz * (x - center), per slice, group and channel, where dz is dy
 // through the activation. Blocks are summed in the compute type and added up in double.
 
-/// dy, and dz made of it, at one place of memory.
-template <class D>
+/// dy, and dz made of it, at one place of memory. kPlain: there is no activation, so dz is dy.
+template <class D, bool kPlain>
 struct UpstreamGradient {
   using Element = typename D::Element;
   const Element *dy, *x, *residual;
@@ -22,21 +22,21 @@ struct UpstreamGradient {
   template <class Count>
   Vec<D> dz(int64_t i, Count count, Vec<D> deviation, Vec<D> scale, Vec<D> shift) const {
     const Vec<D> gradient = load<D>(dy + i, count);
-    if (activation == Activation::none) return gradient;
+    if (kPlain || activation == Activation::none) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
     return relu_gradient(z, gradient);
   }
 };
 
-/// What the reduction needs to know of a channel.
+/// What the reduction needs to know of the forward map.
 template <class D>
 struct Forwarded {
-  const typename D::Compute *center, *scale, *shift;  // [channels]
+  const typename D::Compute *center, *scale, *shift;  // [columns]
 };
 
-template <class D>
-void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
+template <class D, bool kPlain>
+__attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
                      int64_t channel, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
   const Vec<D> center = splat<D>(forwarded.center[channel]), scale = splat<D>(forwarded.scale[channel]),
                shift = splat<D>(forwarded.shift[channel]);
@@ -44,7 +44,7 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
     Sums<D> sums;
     for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
       const Segment s = segment_of(p.extent, cut, outers, u);
-      const UpstreamGradient<D> from(p, s.outer, channel, s.begin);
+      const UpstreamGradient<D, kPlain> from(p, s.outer, channel, s.begin);
       sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
         const Vec<D> deviation = load<D>(from.x + i, count) - center;
         const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
@@ -57,49 +57,47 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
   }
 }
 
-/// Adds the sums over n rows, for `lanes` channels from `channel` in W registers, the last of which has `count` lanes.
-template <class D, int W, class Count>
-void add_row_block(const UpstreamGradient<D>* row, int n, int64_t step, Count count, int lanes,
-                   const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
-  using Compute = typename D::Compute;
-  constexpr int L = kLanes<D>;
-  Vec<D> center[W], scale[W], shift[W], s1[W] = {}, s2[W] = {};
-  for (int w = 0; w < W; ++w) {
-    center[w] = load<Parameter<D>>(forwarded.center + w * L, count);
-    scale[w] = load<Parameter<D>>(forwarded.scale + w * L, count);
-    shift[w] = load<Parameter<D>>(forwarded.shift + w * L, count);
-  }
-  for (int r = 0; r < n; ++r)
-    for (int w = 0; w < W; ++w) {
-      const Vec<D> deviation = load<D>(row[r].x + step + w * L, count) - center[w];
-      const Vec<D> dz = row[r].dz(step + w * L, count, deviation, scale[w], shift[w]);
-      s1[w] += dz;
-      s2[w] += dz * deviation;
-    }
-  Compute first[W * L], second[W * L];
-  __builtin_memcpy(first, s1, sizeof first);
-  __builtin_memcpy(second, s2, sizeof second);
-  for (int i = 0; i < lanes; ++i) sum_dz[i] += first[i];
-  for (int i = 0; i < lanes; ++i) sum_dz_deviation[i] += second[i];
+/// Adds the sums over n rows, for `width` adjacent columns.
+template <class D, bool kPlain>
+__attribute__((flatten)) void add_row_block(const UpstreamGradient<D, kPlain>* row, int n, int64_t width,
+                                            const Forwarded<D>& forwarded, double* __restrict sum_dz,
+                                            double* __restrict sum_dz_deviation) {
+  using P = Parameter<D>;
+  typename D::Compute first[kColumnBlock], second[kColumnBlock];
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  const auto add = [&](int begin, auto rows) {
+    each_register<D>(width, [&](int64_t c, auto count) {
+      const Vec<D> center = load<P>(forwarded.center + c, count);
+      Vec<D> scale = {}, shift = {};
+      if constexpr (!kPlain) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
+      Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
+      for (int r = begin; r < begin + decltype(rows)::value; ++r) {
+        const Vec<D> deviation = load<D>(row[r].x + c, count) - center;
+        const Vec<D> dz = row[r].dz(c, count, deviation, scale, shift);
+        s1 += dz;
+        s2 += dz * deviation;
+      }
+      store<P>(first + c, s1, count);
+      store<P>(second + c, s2, count);
+    });
+  };
+  int r = 0;
+  for (; r + kRowGroup <= n; r += kRowGroup) add(r, Number<kRowGroup>{});
+  for (; r < n; ++r) add(r, Number<1>{});
+  for (int64_t c = 0; c < width; ++c) sum_dz[c] += first[c];
+  for (int64_t c = 0; c < width; ++c) sum_dz_deviation[c] += second[c];
 }
 
-template <class D>
-void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range channels,
+/// Adds the sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
+template <class D, bool kPlain>
+void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
                    const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
-  constexpr int kWide = 4, L = kLanes<D>;
+  const int64_t c = columns.first;
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
-    UpstreamGradient<D> row[kRowBlock];
-    for (int r = 0; r < n; ++r) row[r] = UpstreamGradient<D>(p, outers[begin + r], channels.first, 0);
-    int64_t c = channels.first;
-    const auto add = [&](auto width, auto count, int lanes) {
-      const Forwarded<D> here{forwarded.center + c, forwarded.scale + c, forwarded.shift + c};
-      add_row_block<D, decltype(width)::value>(row, n, c - channels.first, count, lanes, here, sum_dz + c,
-                                                  sum_dz_deviation + c);
-      c += lanes;
-    };
-    while (c + kWide * L <= channels.last) add(Width<kWide>{}, All{}, kWide * L);
-    while (c + L <= channels.last) add(Width<1>{}, All{}, L);
-    if (c < channels.last) add(Width<1>{}, int(channels.last - c), int(channels.last - c));
+    UpstreamGradient<D, kPlain> row[kRowBlock];
+    for (int r = 0; r < n; ++r) row[r] = UpstreamGradient<D, kPlain>(p, outers[begin + r], c, 0);
+    add_row_block<D, kPlain>(row, n, columns.last - c, {forwarded.center + c, forwarded.scale + c, forwarded.shift + c},
+                             sum_dz + c, sum_dz_deviation + c);
   }
 }

@@ -1,70 +1,89 @@
-// The kernels of one instruction set: every pass is reduce, finish, map, and `run` decides in which order the pieces of
-// a pass go to the threads.
+// The kernels of one instruction set: every pass is prepare, reduce, finish, map, and `run` decides in which order the
+// pieces of a pass go to the threads.
 
 constexpr int kCoefficientRows = 6;
-constexpr int64_t kSerialElements = 1 << 15;   // less is not worth waking a thread
-constexpr int64_t kCacheBytes = 3 << 18;       // of one block of channels, to stay in a core's own cache
-constexpr int64_t kLineChannels = 16;          // a block of channels of rows fills whole cache lines
+constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thread
 
-/// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.
-template <class T>
-struct Workspace {
-  double *first, *second;  // [slices, groups, channels], the partial results
-  Coefficients<T> coefficients;
-
-  Workspace(void* memory, const Extent& e) {
-    const int64_t length = e.groups * e.channels, parts = partition_of(e).slices * length;
-    first = static_cast<double*>(memory);
-    second = first + parts;
-    coefficients = {reinterpret_cast<T*>(second + parts), length};
-  }
+/// The walk over rows serves two more shapes, whose rows hold several columns of one channel each: tiny planes, whose
+/// `repeat` elements are adjacent columns, and few channels, where `fold` rows are taken as one.
+struct Folding {
+  int64_t channels, repeat, fold;
 };
 
-int64_t workspace_bytes(DType dtype, const Extent& e) {
+BN_INLINE Folding folding_of(const Extent& e) {
+  constexpr int64_t kTinyPlane = 64, kManyRows = 16, kFewColumns = 64;
+  if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyRows * e.groups ? e.inner : 1, 1};
+  int64_t fold = 1;
+  while (e.groups == 1 && e.channels * fold < kFewColumns && e.outer % (2 * fold) == 0) fold *= 2;
+  return {e.channels, 1, fold};
+}
+
+/// The extent of the rows, where there is folding.
+BN_INLINE Extent folded(const Extent& e, const Folding& f) {
+  if (f.repeat * f.fold == 1) return e;
+  return {e.outer / f.fold, e.channels * f.repeat * f.fold, 1, e.outer_per_example, e.groups};
+}
+
+/// Whether a tensor of these strides can be walked so, and its strides then.
+BN_INLINE bool foldable(const Extent& e, const Folding& f, const void* data, const Strides& s) {
+  return !data || ((f.repeat == 1 || s.channel == e.inner) && (f.fold == 1 || s.outer == e.channels));
+}
+BN_INLINE Strides folded(const Folding& f, const Strides& s) {
+  return f.repeat * f.fold == 1 ? s : Strides{s.outer * f.fold, 1};
+}
+
+int64_t bytes_of(DType dtype, const Extent& e) {
   const int64_t length = e.groups * e.channels, compute = dtype == DType::f64 ? sizeof(double) : sizeof(float);
   return 2 * partition_of(e).slices * length * int64_t(sizeof(double)) + kCoefficientRows * length * compute;
 }
 
-/// The steps of a pass, each over some channels; `self` is the pass.
-struct Steps {
-  const void* self;
-  int64_t bytes_per_element;  // read by the reduction
-  void (*prepare)(const void* self, Range channels);
-  void (*reduce)(const void* self, int64_t group, int64_t slice, Range channels);
-  void (*finish)(const void* self, Range channels);
-  void (*map)(const void* self, Range outers, Range channels);
-};
-
-template <class Pass>
-Steps steps_of(const Pass& pass) {
-  return {&pass, Pass::kBytesPerElement,
-          [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
-          [](const void* self, int64_t group, int64_t slice, Range channels) {
-            static_cast<const Pass*>(self)->reduce(group, slice, channels);
-          },
-          [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
-          [](const void* self, Range outers, Range channels) { static_cast<const Pass*>(self)->map(outers, channels); }};
+int64_t workspace_bytes(DType dtype, const Extent& e) {
+  return most(bytes_of(dtype, e), bytes_of(dtype, folded(e, folding_of(e))));
 }
 
-/// Moments from slices to coefficients, with the running statistics.
+/// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.
+template <class T>
+struct Workspace {
+  Folding folding;
+  Partition cut;
+  Extent extent;           // folded
+  double *first, *second;  // [slices, groups, columns], the partial results
+  Coefficients<T> coefficients;
+
+  Workspace(void* memory, const Extent& e, const Folding& f) : folding(f), cut(partition_of(e)), extent(e) {
+    const int64_t length = e.groups * e.channels, parts = cut.slices * length;
+    first = static_cast<double*>(memory);
+    second = first + parts;
+    coefficients = {reinterpret_cast<T*>(second + parts), length};
+  }
+  /// A channel's columns: how many, the first of them in some group, and how far apart they are.
+  int64_t columns() const { return folding.repeat * folding.fold; }
+  int64_t first_column(int64_t group, int64_t channel) const { return group * extent.channels + channel * folding.repeat; }
+  int64_t step() const { return folding.fold > 1 ? folding.channels : 1; }
+
+  void set(int64_t group, int64_t channel, int row, T value) const {
+    T* at = coefficients.row(row) + first_column(group, channel);
+    for (int64_t i = 0; i < columns(); ++i) at[i * step()] = value;
+  }
+};
+
+/// Moments from slices and columns to coefficients, with the running statistics.
 template <class T>
 void finish_moments(const ForwardParams& p, const Workspace<T>& work, double momentum, Range channels) {
-  const Extent& e = p.extent;
-  const Partition cut = partition_of(e);
   for (int64_t c = channels.first; c < channels.last; ++c) {
     const auto moments_of = [&](int64_t group) {
       Moments total{0, 0, 0};
-      for (int64_t slice = 0; slice < cut.slices; ++slice) {
-        const int64_t at = (slice * e.groups + group) * e.channels + c;
-        total = merge(total, {slice_count(e, cut, group, slice), work.first[at], work.second[at]});
+      for (int64_t slice = 0; slice < work.cut.slices; ++slice) {
+        const double count = slice_count(work.extent, work.cut, group, slice);
+        const int64_t at = slice * work.coefficients.length + work.first_column(group, c);
+        total = merge(total, merge_equal(work.columns(), work.step(), count, work.first + at, work.second + at));
       }
       return total;
     };
     finish_forward<T>(p, c, momentum, moments_of, [&](int64_t group, const Affine<T>& affine) {
-      const int64_t at = group * e.channels + c;
-      work.coefficients.row(0)[at] = affine.center;
-      work.coefficients.row(1)[at] = affine.scale;
-      work.coefficients.row(2)[at] = affine.shift;
+      work.set(group, c, 0, affine.center);
+      work.set(group, c, 1, affine.scale);
+      work.set(group, c, 2, affine.shift);
     });
   }
 }
@@ -72,37 +91,34 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, double mom
 /// What the backward pass must know of the forward's map.
 template <class T>
 void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
-  const Extent& e = p.extent;
-  for (int64_t group = 0; group < e.groups; ++group)
+  for (int64_t group = 0; group < p.extent.groups; ++group)
     for (int64_t c = channels.first; c < channels.last; ++c) {
-      const int64_t at = group * e.channels + c;
+      const int64_t at = group * p.extent.channels + c;
       const Affine<T> affine =
           normalizing_affine<T>(p.mean[at], p.invstd[at], parameter<T>(p.weight, c, 1), parameter<T>(p.bias, c, 0));
-      work.coefficients.row(0)[at] = affine.center;
-      work.coefficients.row(4)[at] = affine.scale;
-      work.coefficients.row(5)[at] = affine.shift;
+      work.set(group, c, 0, affine.center);
+      work.set(group, c, 4, affine.scale);
+      work.set(group, c, 5, affine.shift);
     }
 }
 
 template <class T>
 void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
-  const Extent& e = p.extent;
-  const Partition cut = partition_of(e);
   for (int64_t c = channels.first; c < channels.last; ++c) {
     const auto sums_of = [&](int64_t group) {
-      GradientSums total{double(GroupOuters::of(e, group).count * e.inner), 0, 0};
-      for (int64_t slice = 0; slice < cut.slices; ++slice) {
-        const int64_t at = (slice * e.groups + group) * e.channels + c;
-        total.dz += work.first[at];
-        total.dz_deviation += work.second[at];
-      }
+      GradientSums total{double(GroupOuters::of(p.extent, group).count * p.extent.inner), 0, 0};
+      for (int64_t slice = 0; slice < work.cut.slices; ++slice)
+        for (int64_t i = 0; i < work.columns(); ++i) {
+          const int64_t at = slice * work.coefficients.length + work.first_column(group, c) + i * work.step();
+          total.dz += work.first[at];
+          total.dz_deviation += work.second[at];
+        }
       return total;
     };
     finish_backward<T>(p, c, sums_of, [&](int64_t group, const GradientAffine<T>& affine) {
-      const int64_t at = group * e.channels + c;
-      work.coefficients.row(1)[at] = affine.slope;
-      work.coefficients.row(2)[at] = affine.bend;
-      work.coefficients.row(3)[at] = affine.shift;
+      work.set(group, c, 1, affine.slope);
+      work.set(group, c, 2, affine.bend);
+      work.set(group, c, 3, affine.shift);
     });
   }
 }
@@ -113,13 +129,13 @@ void prepare_inference(const InferenceParams& p, const Workspace<T>& work) {
     const double invstd = inverse_deviation(parameter<T>(p.running_var, c, 1), p.eps);
     const Affine<T> affine = normalizing_affine<T>(parameter<T>(p.running_mean, c, 0), invstd,
                                                    parameter<T>(p.weight, c, 1), parameter<T>(p.bias, c, 0));
-    work.coefficients.row(0)[c] = affine.center;
-    work.coefficients.row(1)[c] = affine.scale;
-    work.coefficients.row(2)[c] = affine.shift;
+    work.set(0, c, 0, affine.center);
+    work.set(0, c, 1, affine.scale);
+    work.set(0, c, 2, affine.shift);
   }
 }
 
-/// The part of one slice: its units, and where its partial results stand.
+/// One slice: its units, and where its partial results stand.
 struct Part {
   GroupOuters outers;
   Range units;
@@ -130,80 +146,162 @@ struct Part {
         at((slice * e.groups + group) * e.channels) {}
 };
 
+template <class P>
+Folding folding_of_map(const P& p) {
+  const Folding f = folding_of(p.extent);
+  const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
+                   foldable(p.extent, f, p.y, p.y_strides);
+  return all ? f : Folding{p.extent.channels, 1, 1};
+}
+
+/// The params as the walk over elements sees them.
+template <class P>
+P folded_map(P p, const Folding& f) {
+  p.x_strides = folded(f, p.x_strides);
+  p.residual_strides = folded(f, p.residual_strides);
+  p.y_strides = folded(f, p.y_strides);
+  p.extent = folded(p.extent, f);
+  return p;
+}
+
 template <class D>
 struct Forward {
   using Element = typename D::Element;
-  static constexpr int64_t kBytesPerElement = sizeof(Element);
-  const ForwardParams& p;
+  const ForwardParams& given;
+  const Folding folding;
+  const ForwardParams p;  // folded
   Workspace<typename D::Compute> work;
   double momentum;
 
-  Forward(const ForwardParams& params) : p(params), work(p.workspace, p.extent), momentum(p.momentum) {
+  Forward(const ForwardParams& params)
+      : given(params), folding(folding_of_map(params)), p(folded_map(params, folding)),
+        work(p.workspace, p.extent, folding), momentum(p.momentum) {
     const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
     if (p.cumulative) momentum = 1 / double(batches);
   }
   void prepare(Range) const {}
-  void reduce(int64_t group, int64_t slice, Range channels) const {
-    const Partition cut = partition_of(p.extent);
-    const Part part(p.extent, cut, group, slice);
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    const Part part(p.extent, work.cut, group, slice);
     double *mean = work.first + part.at, *m2 = work.second + part.at;
-    if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, channels, mean, m2);
-    for (int64_t c = channels.first; c < channels.last; ++c) {
+    if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
+    for (int64_t c = columns.first; c < columns.last; ++c) {
       const auto* plane = static_cast<const Element*>(p.x) + c * p.x_strides.channel;
-      const Moments m = plane_moments<D>(p, cut, part.outers, part.units, plane);
+      const Moments m = plane_moments<D>(p, work.cut, part.outers, part.units, plane);
       mean[c] = m.mean;
       m2[c] = m.m2;
     }
   }
-  void finish(Range channels) const { finish_moments(p, work, momentum, channels); }
-  void map(Range outers, Range channels) const {
-    map_elements<D, Normalize<D, ForwardParams>>(p, work.coefficients, outers, channels);
+  void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
+  void map(Range outers, Range columns) const {
+    if (p.activation == Activation::none && !p.residual)
+      map_elements<D>(Normalize<D, ForwardParams, true>{p}, p.extent, work.coefficients, outers, columns);
+    else
+      map_elements<D>(Normalize<D, ForwardParams, false>{p}, p.extent, work.coefficients, outers, columns);
   }
 };
 
 template <class D>
 struct Backward {
-  static constexpr int64_t kBytesPerElement = 2 * sizeof(typename D::Element);
-  const BackwardParams& p;
+  const BackwardParams& given;
+  const Folding folding;
+  const BackwardParams p;  // folded
   Workspace<typename D::Compute> work;
 
-  Backward(const BackwardParams& params) : p(params), work(p.workspace, p.extent) {}
-  void prepare(Range channels) const { prepare_gradients(p, work, channels); }
-  void reduce(int64_t group, int64_t slice, Range channels) const {
-    const Partition cut = partition_of(p.extent);
-    const Part part(p.extent, cut, group, slice);
+  Backward(const BackwardParams& params)
+      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
+        work(p.workspace, p.extent, folding) {}
+
+  static Folding folding_of_all(const BackwardParams& p) {
+    const Folding f = folding_of(p.extent);
+    const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
+                     foldable(p.extent, f, p.residual, p.residual_strides) &&
+                     foldable(p.extent, f, p.dx, p.dx_strides) &&
+                     foldable(p.extent, f, p.dresidual, p.dresidual_strides);
+    return all ? f : Folding{p.extent.channels, 1, 1};
+  }
+  static BackwardParams folded_all(BackwardParams p, const Folding& f) {
+    p.x_strides = folded(f, p.x_strides);
+    p.dy_strides = folded(f, p.dy_strides);
+    p.residual_strides = folded(f, p.residual_strides);
+    p.dx_strides = folded(f, p.dx_strides);
+    p.dresidual_strides = folded(f, p.dresidual_strides);
+    p.extent = folded(p.extent, f);
+    return p;
+  }
+  void prepare(Range channels) const { prepare_gradients(given, work, channels); }
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    if (p.activation == Activation::none)
+      reduce<true>(group, slice, columns);
+    else
+      reduce<false>(group, slice, columns);
+  }
+  template <bool kPlain>
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    const Part part(p.extent, work.cut, group, slice);
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
     const Forwarded<D> forwarded{row(0), row(4), row(5)};
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
-    for (int64_t c = channels.first; c < channels.last; ++c) dz[c] = dz_deviation[c] = 0;
+    for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
     if (p.extent.inner == 1)
-      return row_gradients<D>(p, part.outers, part.units, channels, forwarded, dz, dz_deviation);
-    for (int64_t c = channels.first; c < channels.last; ++c)
-      plane_gradients<D>(p, cut, part.outers, part.units, c, forwarded, dz + c, dz_deviation + c);
+      return row_gradients<D, kPlain>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
+    for (int64_t c = columns.first; c < columns.last; ++c)
+      plane_gradients<D, kPlain>(p, work.cut, part.outers, part.units, c, forwarded, dz + c, dz_deviation + c);
   }
-  void finish(Range channels) const { finish_gradients(p, work, channels); }
-  void map(Range outers, Range channels) const {
-    if (p.dx || p.dresidual) map_elements<D, NormalizeGradient<D>>(p, work.coefficients, outers, channels);
+  void finish(Range channels) const { finish_gradients(given, work, channels); }
+  void map(Range outers, Range columns) const {
+    if (p.activation == Activation::none && p.dx && !p.dresidual)
+      map_elements<D>(NormalizeGradient<D, true>{p}, p.extent, work.coefficients, outers, columns);
+    else if (p.dx || p.dresidual)
+      map_elements<D>(NormalizeGradient<D, false>{p}, p.extent, work.coefficients, outers, columns);
   }
 };
 
 template <class D>
 struct Inference {
-  static constexpr int64_t kBytesPerElement = 0;
-  const InferenceParams& p;
+  const Folding folding;
+  const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
 
-  Inference(const InferenceParams& params) : p(params), work(p.workspace, p.extent) { prepare_inference(p, work); }
+  Inference(const InferenceParams& params)
+      : folding(folding_of_map(params)), p(folded_map(params, folding)), work(p.workspace, p.extent, folding) {
+    prepare_inference(params, work);
+  }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
-  void map(Range outers, Range channels) const {
-    map_elements<D, Normalize<D, InferenceParams>>(p, work.coefficients, outers, channels);
+  void map(Range outers, Range columns) const {
+    if (p.activation == Activation::none && !p.residual)
+      map_elements<D>(Normalize<D, InferenceParams, true>{p}, p.extent, work.coefficients, outers, columns);
+    else
+      map_elements<D>(Normalize<D, InferenceParams, false>{p}, p.extent, work.coefficients, outers, columns);
   }
 };
 
+/// The steps of a pass, each over some channels or columns of channels; `self` is the pass.
+struct Steps {
+  const void* self;
+  Extent extent;  // folded
+  Folding folding;
+  void (*prepare)(const void* self, Range channels);
+  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
+  void (*finish)(const void* self, Range channels);
+  void (*map)(const void* self, Range outers, Range columns);
+};
+
+template <class Pass>
+Steps steps_of(const Pass& pass) {
+  return {&pass, pass.p.extent, pass.folding,
+          [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
+          [](const void* self, int64_t group, int64_t slice, Range columns) {
+            static_cast<const Pass*>(self)->reduce(group, slice, columns);
+          },
+          [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
+          [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
+}
+
 /// The last map over everything: whole outers at a time, or single planes where those are few.
-void run_map(const Steps& steps, const Extent& e, const Executor& executor) {
+void run_map(const Steps& steps, const Executor& executor) {
+  const Extent& e = steps.extent;
   const int64_t per_outer = e.channels * e.inner;
   if (e.outer >= 4 * executor.threads || e.inner == 1)
     return parallel_for(executor, e.outer, ceil_div(kSerialElements, per_outer),
@@ -216,48 +314,56 @@ void run_map(const Steps& steps, const Extent& e, const Executor& executor) {
   });
 }
 
-/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read.
-void run_blocks(const Steps& steps, const Extent& e, const Executor& executor, int64_t block, int64_t grain) {
+/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read. The columns
+/// of a block are adjacent unless rows are folded; then there is one block.
+void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int64_t grain) {
+  const Extent& e = steps.extent;
+  const Folding& f = steps.folding;
   const int64_t slices = partition_of(e).slices;
-  parallel_for(executor, ceil_div(e.channels, block), grain, [&](int64_t first, int64_t last) {
+  parallel_for(executor, ceil_div(f.channels, block), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const Range channels{i * block, least(e.channels, (i + 1) * block)};
+      const Range channels{i * block, least(f.channels, (i + 1) * block)};
+      const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
       steps.prepare(steps.self, channels);
       for (int64_t group = 0; group < e.groups; ++group)
-        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, channels);
+        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
       steps.finish(steps.self, channels);
-      steps.map(steps.self, {0, e.outer}, channels);
+      steps.map(steps.self, {0, e.outer}, columns);
     }
   });
 }
 
 /// Each step over everything, one after another.
-void run_steps(const Steps& steps, const Extent& e, const Executor& executor) {
+void run_steps(const Steps& steps, const Executor& executor) {
+  const Extent& e = steps.extent;
   const int64_t slices = partition_of(e).slices, parts = e.groups * slices;
-  const int64_t block = e.inner > 1 ? 1 : kChannelBlock, blocks = ceil_div(e.channels, block);
+  const int64_t block = e.inner > 1 ? 1 : kColumnBlock, blocks = ceil_div(e.channels, block);
   const int64_t elements = e.outer * e.inner * least(block, e.channels) / parts;
-  steps.prepare(steps.self, {0, e.channels});
+  const auto over_channels = [&](auto step) {
+    parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, parts),
+                 [&](int64_t first, int64_t last) { step(steps.self, {first, last}); });
+  };
+  over_channels(steps.prepare);
   parallel_for(executor, parts * blocks, ceil_div(kSerialElements, elements + 1), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t part = i / blocks, begin = i % blocks * block;
       steps.reduce(steps.self, part / slices, part % slices, {begin, least(e.channels, begin + block)});
     }
   });
-  parallel_for(executor, e.channels, ceil_div(1 << 10, parts),
-               [&](int64_t first, int64_t last) { steps.finish(steps.self, {first, last}); });
-  run_map(steps, e, executor);
+  over_channels(steps.finish);
+  run_map(steps, executor);
 }
 
-/// Chooses between the two: blocks where they fit a core's cache and are enough for all threads.
-void run(const Steps& steps, const Extent& e, const Executor& executor) {
-  const int64_t per_channel = e.outer * e.inner;
-  const bool small = per_channel * e.channels <= kSerialElements;
-  if (small) return run_blocks(steps, e, executor, e.channels, 1);
-  const int64_t fitting = kCacheBytes / (per_channel * steps.bytes_per_element);
-  const int64_t block = e.inner > 1 ? 1 : least(kChannelBlock, fitting / kLineChannels * kLineChannels);
-  if (block > 0 && ceil_div(e.channels, block) >= 2 * executor.threads)
-    return run_blocks(steps, e, executor, block, ceil_div(kSerialElements, per_channel * block));
-  run_steps(steps, e, executor);
+/// Chooses between the two: channels one by one where their planes are long runs of memory and there are enough of them
+/// for all threads. Rows are read whole, in order: parts of rows would be short runs, far apart.
+void run(const Steps& steps, const Executor& executor) {
+  const Extent& e = steps.extent;
+  const int64_t per_channel = e.outer * e.inner, columns = steps.folding.repeat * steps.folding.fold;
+  if (per_channel * e.channels <= kSerialElements && e.channels <= kColumnBlock)
+    return run_blocks(steps, executor, e.channels / columns, 1);
+  if (e.inner > 1 && e.channels >= 2 * executor.threads)
+    return run_blocks(steps, executor, 1, ceil_div(kSerialElements, per_channel));
+  run_steps(steps, executor);
 }
 
 /// Calls f with the type that stands for a dtype.
@@ -272,22 +378,13 @@ void with_dtype(DType dtype, const F& f) {
 }
 
 void forward(const ForwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) {
-    const Forward<decltype(d)> pass(p);
-    run(steps_of(pass), p.extent, executor);
-  });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p)), executor); });
 }
 
 void backward(const BackwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) {
-    const Backward<decltype(d)> pass(p);
-    run(steps_of(pass), p.extent, executor);
-  });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Backward<decltype(d)>(p)), executor); });
 }
 
 void inference(const InferenceParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) {
-    const Inference<decltype(d)> pass(p);
-    run_map(steps_of(pass), p.extent, executor);
-  });
+  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p)), executor); });
 }

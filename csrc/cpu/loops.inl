@@ -67,10 +67,10 @@ BN_INLINE int64_t group_of(const Extent& e, int64_t outer) {
   return e.groups == 1 ? 0 : outer / e.outer_per_example % e.groups;
 }
 
-/// A number of registers, as a type.
-template <int kCount>
-struct Width {
-  static constexpr int value = kCount;
+/// A number as a type.
+template <int kNumber>
+struct Number {
+  static constexpr int value = kNumber;
 };
 
 /// How a reduction is cut. A function of the shape alone: the order in which sums are merged, and with it every bit of
@@ -82,12 +82,14 @@ struct Partition {
   int64_t whole;          // planes in a block, where they are short
 };
 
-constexpr int64_t kPlaneBlock = 2048, kRowBlock = 128, kRowSlice = 256, kPlaneSlice = 32768, kChannelBlock = 256;
+constexpr int kRowGroup = 8;            // rows walked side by side, so that what belongs to the columns is read less often
+constexpr int64_t kColumnBlock = 1024;  // columns of a row read at once: long runs, and their sums stay in the cache
+constexpr int64_t kPlaneBlock = 2048, kRowBlock = 128, kRowSlice = 256, kPlaneSlice = 32768;
 
 BN_INLINE Partition partition_of(const Extent& e) {
   const int64_t outers = ceil_div(e.outer, e.groups);
   if (e.inner == 1) {
-    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, kChannelBlock));
+    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, kColumnBlock));
     return {most(1, least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
   }
   const int64_t wanted = ceil_div(256, e.groups * e.channels);

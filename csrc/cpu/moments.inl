@@ -1,6 +1,6 @@
 // The reduction of the forward pass: moments of x, per slice, group and channel.
 // Sums within a block are taken around a pivot near the mean, in the compute type; blocks are merged in double.
-// The pivot is the mean so far; a block that turns out to lie elsewhere is summed again around its own mean, so one
+// The pivot is the mean so far, at first that of a few elements; a block that turns out to lie elsewhere is summed again around its own mean, so one
 // read of memory is enough whatever the data. A block whose sums are not finite is taken in double.
 
 /// Two passes in double over n values: for blocks that overflow the compute type or hold NaN or infinity.
@@ -17,14 +17,17 @@ BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
 
 /// Moments of the units [first, last) of one channel, whose planes begin at x.
 template <class D>
-Moments plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
+__attribute__((flatten)) Moments plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
                       const typename D::Element* x) {
   using Compute = typename D::Compute;
   Moments total{0, 0, 0};
   if (units.first == units.last) return total;
   const auto segment = [&](int64_t unit) { return segment_of(p.extent, cut, outers, unit); };
   const auto begin_of = [&](const Segment& s) { return x + s.outer * p.x_strides.outer + s.begin; };
-  Compute pivot = Compute(element<D>(begin_of(segment(units.first))));
+  const Segment opening = segment(units.first);
+  const int few = int(least(kLanes<D>, opening.count));
+  Compute pivot = Compute(sum_of_lanes<D>(load<D>(begin_of(opening), few)) / few);
+  if (!finite(pivot, 0)) pivot = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
     const int64_t end = least(unit + cut.whole, units.last);
     const auto sums_around = [&](Compute centre) {
@@ -50,7 +53,7 @@ Moments plane_moments(const ForwardParams& p, const Partition& cut, const GroupO
       sums = sums_around(pivot);
       s1 = sums.total_first(), s2 = sums.total_second();
     }
-    Moments block = moments_of_sums(double(n), double(pivot), s1, s2);
+    Moments block{double(n), mean_of_sums(1 / double(n), double(pivot), s1), m2_of_sums(1 / double(n), s1, s2)};
     if (!finite(s1, s2)) {
       block = moments_in_double(n, [&](int64_t i) {
         const Segment s = segment(unit + i / segment(unit).count);
@@ -64,70 +67,77 @@ Moments plane_moments(const ForwardParams& p, const Partition& cut, const GroupO
   return total;
 }
 
-/// Joins the moments of n rows to `mean` and `m2` of `before` earlier ones, for `lanes` channels in W registers,
-/// the last of which has `count` lanes.
-template <class D, int W, class Count>
-void join_row_block(const typename D::Element* const* row, int n, Count count, int lanes, double before, double* mean,
-                    double* m2) {
-  using Compute = typename D::Compute;
-  constexpr int L = kLanes<D>;
-  Compute pivot[W * L] = {}, first[W * L], second[W * L];
-  const auto sum = [&] {
-    Vec<D> centre[W], s1[W] = {}, s2[W] = {};
-    __builtin_memcpy(centre, pivot, sizeof centre);
-    for (int r = 0; r < n; ++r)
-      for (int w = 0; w < W; ++w) {
-        const Vec<D> d = load<D>(row[r] + w * L, count) - centre[w];
-        s1[w] += d;
-        s2[w] += d * d;
+/// Sums of deviations and of their squares over n rows, for `width` adjacent columns.
+template <class D>
+__attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width,
+                                             const typename D::Compute* pivot, typename D::Compute* first,
+                                             typename D::Compute* second) {
+  using P = Parameter<D>;
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  const auto add = [&](int begin, auto rows) {
+    each_register<D>(width, [&](int64_t c, auto count) {
+      const Vec<D> centre = load<P>(pivot + c, count);
+      Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
+        s1 += d;
+        s2 += d * d;
       }
-    __builtin_memcpy(first, s1, sizeof first);
-    __builtin_memcpy(second, s2, sizeof second);
+      store<P>(first + c, s1, count);
+      store<P>(second + c, s2, count);
+    });
   };
-  for (int i = 0; i < lanes; ++i) {
-    const Compute start = before == 0 ? Compute(element<D>(row[0] + i)) : Compute(mean[i]);
-    pivot[i] = start - start == 0 ? start : Compute(0);
-  }
-  sum();
-  bool far = false, special = false;
-  for (int i = 0; i < lanes; ++i) far |= !centred(Compute(n), first[i], second[i]);
-  if (far) {
-    for (int i = 0; i < lanes; ++i) pivot[i] += first[i] / Compute(n);
-    sum();
-  }
-  for (int i = 0; i < lanes; ++i) special |= !finite(first[i], second[i]);
-  const auto join = [&](int i, const Moments& block) {
-    const Moments joined = merge({before, mean[i], m2[i]}, block);
-    mean[i] = joined.mean;
-    m2[i] = joined.m2;
-  };
-  if (special)
-    for (int i = 0; i < lanes; ++i) join(i, moments_in_double(n, [&](int64_t r) { return element<D>(row[r] + i); }));
-  else
-    for (int i = 0; i < lanes; ++i) join(i, moments_of_sums(n, double(pivot[i]), double(first[i]), double(second[i])));
+  int r = 0;
+  for (; r + kRowGroup <= n; r += kRowGroup) add(r, Number<kRowGroup>{});
+  for (; r < n; ++r) add(r, Number<1>{});
 }
 
-/// Moments of the group's outers [rows.first, rows.last), into mean and m2 of channels [first, last).
+/// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
-void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, Range channels, double* mean,
+void join_row_block(const typename D::Element* const* row, int n, int64_t width, double before,
+                    double* __restrict mean, double* __restrict m2) {
+  using Compute = typename D::Compute;
+  Compute pivot[kColumnBlock], first[kColumnBlock], second[kColumnBlock];
+  if (before == 0) {
+    const int few = n < 8 ? n : 8;
+    for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
+    sum_deviations<D>(row, few, width, pivot, first, second);
+    for (int64_t c = 0; c < width; ++c) pivot[c] = first[c] / Compute(few);
+  } else {
+    for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
+  }
+  for (int64_t c = 0; c < width; ++c) pivot[c] = pivot[c] - pivot[c] == 0 ? pivot[c] : Compute(0);
+  sum_deviations<D>(row, n, width, pivot, first, second);
+  int far = 0, special = 0;
+  for (int64_t c = 0; c < width; ++c) far |= !centred(Compute(n), first[c], second[c]);
+  if (far) {
+    for (int64_t c = 0; c < width; ++c) pivot[c] += first[c] / Compute(n);
+    sum_deviations<D>(row, n, width, pivot, first, second);
+  }
+  const double per_sample = 1.0 / n, weight = n / (before + n);
+  for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
+  if (special)
+    for (int64_t c = 0; c < width; ++c) {
+      const Moments block = moments_in_double(n, [&](int64_t r) { return element<D>(row[r] + c); });
+      join(mean[c], m2[c], before, block.mean, block.m2, weight);
+    }
+  else
+    for (int64_t c = 0; c < width; ++c)
+      join(mean[c], m2[c], before, mean_of_sums(per_sample, pivot[c], first[c]),
+           m2_of_sums(per_sample, first[c], second[c]), weight);
+}
+
+/// Moments of the group's outers [rows.first, rows.last), into mean and m2 of the columns, kColumnBlock at most.
+template <class D>
+void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, Range columns, double* mean,
                  double* m2) {
-  using Element = typename D::Element;
-  constexpr int kWide = 4, L = kLanes<D>;
-  const auto* x = static_cast<const Element*>(p.x);
+  const auto* x = static_cast<const typename D::Element*>(p.x) + columns.first;
+  const int64_t width = columns.last - columns.first;
+  for (int64_t c = columns.first; c < columns.last; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
-    const double before = double(begin - rows.first);
-    const Element* row[kRowBlock];
-    for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer + channels.first;
-    int64_t c = channels.first;
-    const auto step = [&](int64_t lanes) {
-      for (int r = 0; r < n; ++r) row[r] += lanes;
-      c += lanes;
-    };
-    for (; c + kWide * L <= channels.last; step(kWide * L))
-      join_row_block<D, kWide>(row, n, All{}, kWide * L, before, mean + c, m2 + c);
-    for (; c + L <= channels.last; step(L)) join_row_block<D, 1>(row, n, All{}, L, before, mean + c, m2 + c);
-    const int rest = int(channels.last - c);
-    if (rest > 0) join_row_block<D, 1>(row, n, rest, rest, before, mean + c, m2 + c);
+    const typename D::Element* row[kRowBlock];
+    for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer;
+    join_row_block<D>(row, n, width, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }

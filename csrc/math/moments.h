@@ -11,27 +11,47 @@ struct Moments {
   double m2;  // sum of squared deviations from the mean
 };
 
-/// Moments of samples whose deviations from a nearby `pivot` sum to `s1` and whose squares sum to `s2`.
-/// With |mean - pivot| of the order of the deviation itself nothing cancels: the corrected two-pass
-/// algorithm (Chan, Golub, LeVeque 1983, eq. 1.7).
-BN_INLINE Moments moments_of_sums(double count, double pivot, double s1, double s2) {
-  return {count, pivot + s1 / count, s2 - s1 * s1 / count};
-}
+/// Mean and squared deviations of `1 / per_sample` samples whose deviations from a nearby `pivot` sum to `s1` and whose
+/// squares sum to `s2`. With |mean - pivot| of the order of the deviation itself nothing cancels: the corrected
+/// two-pass algorithm (Chan, Golub, LeVeque 1983, eq. 1.7).
+BN_INLINE double mean_of_sums(double per_sample, double pivot, double s1) { return pivot + s1 * per_sample; }
+BN_INLINE double m2_of_sums(double per_sample, double s1, double s2) { return s2 - s1 * s1 * per_sample; }
 
-/// Whether `pivot` was near enough for moments_of_sums: |mean - pivot| is at most sqrt(3) deviations.
-/// NB: !(a <= b) in the caller, so that NaN counts as far.
+/// Whether `pivot` was near enough for that: |mean - pivot| is at most sqrt(3) deviations.
+/// NB: !centred(...) in the caller, so that NaN counts as far.
 template <typename T>
 BN_INLINE bool centred(T count, T s1, T s2) {
   return s1 * s1 <= T(0.75) * count * s2;
 }
 
-/// Moments of the union of two disjoint sets of samples (Chan, Golub, LeVeque 1979).
-/// The mean is a weighted sum rather than a + delta * weight, so that an infinite mean stays infinite.
-BN_INLINE Moments merge(const Moments& a, const Moments& b) {
+/// Joins disjoint samples (Chan, Golub, LeVeque 1979) to `count` earlier ones; `weight` is the share of the new ones in
+/// all. The mean is a weighted sum rather than mean + delta * weight, so that an infinite mean stays infinite.
+BN_INLINE void join(double& mean, double& m2, double count, double new_mean, double new_m2, double weight) {
+  const double delta = new_mean - mean;
+  m2 += new_m2 + delta * delta * count * weight;
+  mean = mean * (1 - weight) + new_mean * weight;
+}
+
+/// Moments of the union of two disjoint sets of samples.
+BN_INLINE Moments merge(Moments a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
-  const double count = a.count + b.count, weight = b.count / count, delta = b.mean - a.mean;
-  return {count, a.mean * (1 - weight) + b.mean * weight, a.m2 + b.m2 + delta * delta * a.count * weight};
+  join(a.mean, a.m2, a.count, b.mean, b.m2, b.count / (a.count + b.count));
+  a.count += b.count;
+  return a;
+}
+
+/// Moments of the union of `sets` disjoint sets of `count` samples each: means and squared deviations lie `step` apart.
+BN_INLINE Moments merge_equal(long sets, long step, double count, const double* mean, const double* m2) {
+  double sum_mean = 0, sum_m2 = 0, between = 0;
+  for (long i = 0; i < sets; ++i) sum_mean += mean[i * step];
+  const double total_mean = sets == 1 ? sum_mean : sum_mean / double(sets);
+  for (long i = 0; i < sets; ++i) {
+    const double delta = mean[i * step] - total_mean;
+    sum_m2 += m2[i * step];
+    between += delta * delta;
+  }
+  return {count * double(sets), total_mean, sets == 1 ? sum_m2 : sum_m2 + count * between};
 }
 
 BN_INLINE double biased_variance(const Moments& m) { return m.m2 / m.count; }

@@ -55,7 +55,6 @@ uint16_t to_bits16(double v, int exponent_bits) {
 }
 
 size_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; }
-size_t size_of_parameter(DType d) { return d == DType::f64 ? 8 : 4; }
 const char* name_of(DType d) { return d == DType::f32 ? "f32" : d == DType::f64 ? "f64" : d == DType::bf16 ? "bf16" : "f16"; }
 double epsilon_of(DType d) { return d == DType::f64 ? 2e-15 : d == DType::f32 ? 1e-6 : d == DType::bf16 ? 8e-3 : 1e-3; }
 
