@@ -9,7 +9,7 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$output" ]; then echo 12.2.0; exit; fi
 if [ -e FOLDER/hang ]; then sleep 600; fi
-if [ -e FOLDER/fail ]; then echo "ops.cpp:7:1: error: planted"; exit 1; fi
+if [ -e FOLDER/fail ]; then echo "g++ -Werror=flag"; echo "ops.cpp:7:1: error: planted"; exit 1; fi
 case $output in
   *.so) cp LIBRARY "$output";;
   *) : > "$output"; echo "$output:" > "$needs";;

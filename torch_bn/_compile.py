@@ -140,7 +140,8 @@ def _compile(folder: Path, verbose: bool) -> None:
     except subprocess.CalledProcessError as failure:
         log = folder / "compile.log"
         log.write_text(failure.output)
-        cause = next((line for line in failure.output.splitlines() if "error" in line), "the compiler was killed")
+        lines = failure.output.splitlines()
+        cause = next((line for line in lines if re.search(r"[Ee]rror: ", line)), "the compiler was killed")
         raise RuntimeError(f"torch_bn.load: the kernels did not compile: {cause} (more in {log})") from None
     _say(verbose, f"compiled in {time.monotonic() - start:.0f} s into {folder}")
 

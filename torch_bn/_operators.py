@@ -29,9 +29,9 @@ def unavailable_reason() -> str | None:
 def load(verbose: bool = False) -> None:
     """Compiles the kernels for the installed torch, unless a cache holds them already, and switches to them.
 
-    Takes about half a minute the first time, on two cores; needs ninja and a C++20 compiler (GCC or clang). Does
-    nothing where the kernels are loaded already. The cache lies in TORCH_EXTENSIONS_DIR or torch's default for it;
-    MAX_JOBS limits the compilers that run at once. Processes that load at the same time share one compilation.
+    Takes about half a minute the first time, on two cores; needs ninja and a C++20 compiler (GCC; on macOS Apple's
+    clang). Does nothing where the kernels are loaded already. The cache lies in TORCH_EXTENSIONS_DIR or torch's default
+    for it; MAX_JOBS limits the compilers that run at once. Processes that load at the same time share one compilation.
 
     Args:     verbose: print what is compiled and how far it is.
     Raises:   RuntimeError if a tool is missing (it says which to install), the compiler fails, or on Windows.
