@@ -18,6 +18,7 @@ CXX_FLAGS = [
     # NB: not -ffast-math. These two change no value: nobody reads errno or the floating point flags.
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-ffp-contract=fast",  # one rounding in place of two where the machine has fused multiply-add
     "-std=c++20",
     # Without OpenMP at::parallel_for is silently serial. Apple's clang hides the flag behind -Xclang; omp.h and the
     # runtime come with torch. Nothing is linked: our calls must end in the one runtime that torch has loaded.

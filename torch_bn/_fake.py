@@ -39,8 +39,8 @@ def _inference(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     eps: float,
     axis: int,
 ) -> Tensor:

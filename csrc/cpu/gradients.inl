@@ -63,22 +63,22 @@ __attribute__((flatten)) void add_row_block(const UpstreamGradient<D, kPlain>* r
                                             const Forwarded<D>& forwarded, double* __restrict sum_dz,
                                             double* __restrict sum_dz_deviation) {
   using P = Parameter<D>;
-  typename D::Compute first[kColumnBlock], second[kColumnBlock];
+  typename D::Compute first[kColumnBlock<D>], second[kColumnBlock<D>];
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   const auto add = [&](int begin, auto rows) {
     each_register<D>(width, [&](int64_t c, auto count) {
       const Vec<D> center = load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};
       if constexpr (!kPlain) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
-      Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
+      Vec<D> s1 = {}, s2 = {};
       for (int r = begin; r < begin + decltype(rows)::value; ++r) {
         const Vec<D> deviation = load<D>(row[r].x + c, count) - center;
         const Vec<D> dz = row[r].dz(c, count, deviation, scale, shift);
         s1 += dz;
         s2 += dz * deviation;
       }
-      store<P>(first + c, s1, count);
-      store<P>(second + c, s2, count);
+      store<P>(first + c, load<P>(first + c, count) + s1, count);
+      store<P>(second + c, load<P>(second + c, count) + s2, count);
     });
   };
   int r = 0;

@@ -10,11 +10,12 @@ struct Folding {
   int64_t channels, repeat, fold;
 };
 
-BN_INLINE Folding folding_of(const Extent& e) {
-  constexpr int64_t kTinyPlane = 64, kManyRows = 16, kFewColumns = 64;
+BN_INLINE Folding folding_of(const Extent& e, int64_t block) {
+  constexpr int64_t kTinyPlane = 16, kManyRows = 16;
   if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyRows * e.groups ? e.inner : 1, 1};
   int64_t fold = 1;
-  while (e.groups == 1 && e.channels * fold < kFewColumns && e.outer % (2 * fold) == 0) fold *= 2;
+  while (e.groups == 1 && e.channels * fold < block && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
+    fold *= 2;
   return {e.channels, 1, fold};
 }
 
@@ -32,13 +33,14 @@ BN_INLINE Strides folded(const Folding& f, const Strides& s) {
   return f.repeat * f.fold == 1 ? s : Strides{s.outer * f.fold, 1};
 }
 
-int64_t bytes_of(DType dtype, const Extent& e) {
-  const int64_t length = e.groups * e.channels, compute = dtype == DType::f64 ? sizeof(double) : sizeof(float);
-  return 2 * partition_of(e).slices * length * int64_t(sizeof(double)) + kCoefficientRows * length * compute;
-}
-
 int64_t workspace_bytes(DType dtype, const Extent& e) {
-  return most(bytes_of(dtype, e), bytes_of(dtype, folded(e, folding_of(e))));
+  const bool wide = dtype == DType::f64, half = dtype == DType::bf16 || dtype == DType::f16;
+  const int64_t block = column_block(wide ? 8 : half ? 2 : 4), compute = wide ? sizeof(double) : sizeof(float);
+  const auto bytes = [&](const Extent& walked) {
+    const int64_t length = walked.groups * walked.channels;
+    return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) + kCoefficientRows * length * compute;
+  };
+  return most(bytes(e), bytes(folded(e, folding_of(e, block))));
 }
 
 /// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.
@@ -50,7 +52,8 @@ struct Workspace {
   double *first, *second;  // [slices, groups, columns], the partial results
   Coefficients<T> coefficients;
 
-  Workspace(void* memory, const Extent& e, const Folding& f) : folding(f), cut(partition_of(e)), extent(e) {
+  Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
+      : folding(f), cut(partition_of(e, block)), extent(e) {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;
@@ -84,6 +87,7 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, double mom
       work.set(group, c, 0, affine.center);
       work.set(group, c, 1, affine.scale);
       work.set(group, c, 2, affine.shift);
+      work.set(group, c, 3, affine.scale_rest);
     });
   }
 }
@@ -132,6 +136,7 @@ void prepare_inference(const InferenceParams& p, const Workspace<T>& work) {
     work.set(0, c, 0, affine.center);
     work.set(0, c, 1, affine.scale);
     work.set(0, c, 2, affine.shift);
+    work.set(0, c, 3, affine.scale_rest);
   }
 }
 
@@ -146,9 +151,9 @@ struct Part {
         at((slice * e.groups + group) * e.channels) {}
 };
 
-template <class P>
+template <class D, class P>
 Folding folding_of_map(const P& p) {
-  const Folding f = folding_of(p.extent);
+  const Folding f = folding_of(p.extent, kColumnBlock<D>);
   const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
                    foldable(p.extent, f, p.y, p.y_strides);
   return all ? f : Folding{p.extent.channels, 1, 1};
@@ -166,6 +171,7 @@ P folded_map(P p, const Folding& f) {
 
 template <class D>
 struct Forward {
+  typedef D Type;
   using Element = typename D::Element;
   const ForwardParams& given;
   const Folding folding;
@@ -174,8 +180,8 @@ struct Forward {
   double momentum;
 
   Forward(const ForwardParams& params)
-      : given(params), folding(folding_of_map(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding), momentum(p.momentum) {
+      : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>), momentum(p.momentum) {
     const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
     if (p.cumulative) momentum = 1 / double(batches);
   }
@@ -202,6 +208,7 @@ struct Forward {
 
 template <class D>
 struct Backward {
+  typedef D Type;
   const BackwardParams& given;
   const Folding folding;
   const BackwardParams p;  // folded
@@ -209,10 +216,10 @@ struct Backward {
 
   Backward(const BackwardParams& params)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
-        work(p.workspace, p.extent, folding) {}
+        work(p.workspace, p.extent, folding, kColumnBlock<D>) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
-    const Folding f = folding_of(p.extent);
+    const Folding f = folding_of(p.extent, kColumnBlock<D>);
     const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
                      foldable(p.extent, f, p.residual, p.residual_strides) &&
                      foldable(p.extent, f, p.dx, p.dx_strides) &&
@@ -258,12 +265,13 @@ struct Backward {
 
 template <class D>
 struct Inference {
+  typedef D Type;
   const Folding folding;
   const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
 
   Inference(const InferenceParams& params)
-      : folding(folding_of_map(params)), p(folded_map(params, folding)), work(p.workspace, p.extent, folding) {
+      : folding(folding_of_map<D>(params)), p(folded_map(params, folding)), work(p.workspace, p.extent, folding, kColumnBlock<D>) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}
@@ -282,6 +290,8 @@ struct Steps {
   const void* self;
   Extent extent;  // folded
   Folding folding;
+  Partition cut;
+  int64_t column_block;
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
   void (*finish)(const void* self, Range channels);
@@ -290,7 +300,7 @@ struct Steps {
 
 template <class Pass>
 Steps steps_of(const Pass& pass) {
-  return {&pass, pass.p.extent, pass.folding,
+  return {&pass, pass.p.extent, pass.folding, pass.work.cut, kColumnBlock<typename Pass::Type>,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);
@@ -299,17 +309,19 @@ Steps steps_of(const Pass& pass) {
           [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
 }
 
-/// The last map over everything: whole outers at a time, or single planes where those are few.
+/// The last map over everything, tile by tile: some columns of some rows, so that what belongs to the columns stays in the
+/// nearest cache, or some planes of one outer.
 void run_map(const Steps& steps, const Executor& executor) {
+  constexpr int64_t kTile = 1 << 15, kRows = 32;
   const Extent& e = steps.extent;
-  const int64_t per_outer = e.channels * e.inner;
-  if (e.outer >= 4 * executor.threads || e.inner == 1)
-    return parallel_for(executor, e.outer, ceil_div(kSerialElements, per_outer),
-                        [&](int64_t first, int64_t last) { steps.map(steps.self, {first, last}, {0, e.channels}); });
-  parallel_for(executor, e.outer * e.channels, ceil_div(kSerialElements, e.inner), [&](int64_t first, int64_t last) {
-    for (int64_t plane = first; plane < last; ++plane) {
-      const int64_t outer = plane / e.channels, channel = plane % e.channels;
-      steps.map(steps.self, {outer, outer + 1}, {channel, channel + 1});
+  const bool rows = e.inner == 1;
+  const int64_t width = least(e.channels, rows ? steps.column_block : ceil_div(kTile, e.inner)), across = ceil_div(e.channels, width);
+  const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
+  const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
+  parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t outer = tile / across * height, column = tile % across * width;
+      steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }
   });
 }
@@ -319,7 +331,7 @@ void run_map(const Steps& steps, const Executor& executor) {
 void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int64_t grain) {
   const Extent& e = steps.extent;
   const Folding& f = steps.folding;
-  const int64_t slices = partition_of(e).slices;
+  const int64_t slices = steps.cut.slices;
   parallel_for(executor, ceil_div(f.channels, block), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const Range channels{i * block, least(f.channels, (i + 1) * block)};
@@ -336,8 +348,8 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
 /// Each step over everything, one after another.
 void run_steps(const Steps& steps, const Executor& executor) {
   const Extent& e = steps.extent;
-  const int64_t slices = partition_of(e).slices, parts = e.groups * slices;
-  const int64_t block = e.inner > 1 ? 1 : kColumnBlock, blocks = ceil_div(e.channels, block);
+  const int64_t slices = steps.cut.slices, parts = e.groups * slices;
+  const int64_t block = e.inner > 1 ? 1 : steps.column_block, blocks = ceil_div(e.channels, block);
   const int64_t elements = e.outer * e.inner * least(block, e.channels) / parts;
   const auto over_channels = [&](auto step) {
     parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, parts),
@@ -359,7 +371,7 @@ void run_steps(const Steps& steps, const Executor& executor) {
 void run(const Steps& steps, const Executor& executor) {
   const Extent& e = steps.extent;
   const int64_t per_channel = e.outer * e.inner, columns = steps.folding.repeat * steps.folding.fold;
-  if (per_channel * e.channels <= kSerialElements && e.channels <= kColumnBlock)
+  if (per_channel * e.channels <= kSerialElements && e.channels <= steps.column_block)
     return run_blocks(steps, executor, e.channels / columns, 1);
   if (e.inner > 1 && e.channels >= 2 * executor.threads)
     return run_blocks(steps, executor, 1, ceil_div(kSerialElements, per_channel));

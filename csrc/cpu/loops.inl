@@ -36,15 +36,15 @@ struct Sums {
   /// Calls f(i, count, first, second) on every register of n adjacent elements.
   template <class F>
   void add(int64_t n, const F& f) {
-    constexpr int64_t kStep = 4 * kLanes<D>;
-    const int64_t whole = n - n % kStep;
-    for (int64_t i = 0; i < whole; i += kStep)
-      for (int k = 0; k < 4; ++k) f(i + k * kLanes<D>, All{}, first[k], second[k]);
-    int k = 0;
-    each_register<D>(n - whole, [&](int64_t i, auto count) {
-      f(whole + i, count, first[k], second[k]);
-      ++k;
-    });
+    constexpr int64_t L = kLanes<D>;
+    const int64_t whole = n - n % (4 * L);
+    for (int64_t i = 0; i < whole; i += 4 * L) {
+      f(i, All{}, first[0], second[0]);
+      f(i + L, All{}, first[1], second[1]);
+      f(i + 2 * L, All{}, first[2], second[2]);
+      f(i + 3 * L, All{}, first[3], second[3]);
+    }
+    each_register<D>(n - whole, [&](int64_t i, auto count) { f(whole + i, count, first[0], second[0]); });
   }
   double total_first() const { return sum_of_lanes<D>((first[0] + first[1]) + (first[2] + first[3])); }
   double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
@@ -82,14 +82,19 @@ struct Partition {
   int64_t whole;          // planes in a block, where they are short
 };
 
-constexpr int kRowGroup = 8;            // rows walked side by side, so that what belongs to the columns is read less often
-constexpr int64_t kColumnBlock = 1024;  // columns of a row read at once: long runs, and their sums stay in the cache
-constexpr int64_t kPlaneBlock = 2048, kRowBlock = 128, kRowSlice = 256, kPlaneSlice = 32768;
+constexpr int kRowGroup = 8;  // rows walked side by side, so that what belongs to the columns is read less often
+/// Columns of a row that are read at once: a page of memory, so that rows side by side lie in pages of their own, as the
+/// processor's prefetcher wants it, and what belongs to the columns stays in the nearest cache.
+constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
+template <class D>
+constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));
 
-BN_INLINE Partition partition_of(const Extent& e) {
+constexpr int64_t kPlaneBlock = 1024, kRowBlock = 64, kRowSlice = 256, kPlaneSlice = 32768;
+
+BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t outers = ceil_div(e.outer, e.groups);
   if (e.inner == 1) {
-    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, kColumnBlock));
+    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, block));
     return {most(1, least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
   }
   const int64_t wanted = ceil_div(256, e.groups * e.channels);

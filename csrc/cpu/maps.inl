@@ -7,13 +7,19 @@ BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
 }
 
-/// x to y with coefficients center, scale, shift.
+/// x to y with coefficients center, scale, shift and, for F32, scale_rest.
 template <class D, class P, bool kPlain>
 struct Normalize {
-  static constexpr int kCoefficients = 3;
   using Element = typename D::Element;
   const P& p;
 
+  struct Channel {
+    Vec<D> center, scale, shift, scale_rest;
+    template <class Read>
+    explicit Channel(const Read& read) : center(read(0)), scale(read(1)), shift(read(2)), scale_rest{} {
+      if constexpr (D::kWithRest) scale_rest = read(3);
+    }
+  };
   struct At {
     const Element *x, *residual;
     Element* y;
@@ -24,8 +30,9 @@ struct Normalize {
             place(static_cast<Element*>(p.y), p.y_strides, outer, channel)};
   }
   template <class Count>
-  void operator()(const At& a, int64_t i, Count count, const Vec<D>* k) const {
-    Vec<D> z = (load<D>(a.x + i, count) - k[0]) * k[1] + k[2];
+  void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+    const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
+    Vec<D> z = deviation * k.scale + (D::kWithRest ? deviation * k.scale_rest + k.shift : k.shift);
     if constexpr (!kPlain) {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
@@ -37,10 +44,17 @@ struct Normalize {
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
 template <class D, bool kPlain>
 struct NormalizeGradient {
-  static constexpr int kCoefficients = kPlain ? 4 : 6;
   using Element = typename D::Element;
   const BackwardParams& p;
 
+  struct Channel {
+    Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
+    template <class Read>
+    explicit Channel(const Read& read)
+        : center(read(0)), slope(read(1)), bend(read(2)), shift(read(3)), forward_scale{}, forward_shift{} {
+      if constexpr (!kPlain) forward_scale = read(4), forward_shift = read(5);
+    }
+  };
   struct At {
     UpstreamGradient<D, kPlain> from;
     Element *dx, *dresidual;
@@ -51,10 +65,10 @@ struct NormalizeGradient {
             place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel)};
   }
   template <class Count>
-  void operator()(const At& a, int64_t i, Count count, const Vec<D>* k) const {
-    const Vec<D> deviation = load<D>(a.from.x + i, count) - k[0];
-    const Vec<D> dz = a.from.dz(i, count, deviation, k[kCoefficients - 2], k[kCoefficients - 1]);
-    const Vec<D> dx = dz * k[1] + (deviation * k[2] + k[3]);
+  void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+    const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
+    const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
+    const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
     if (kPlain || a.dx) store<D>(a.dx + i, dx, count);
     if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
   }
@@ -70,27 +84,33 @@ struct Coefficients {
 
 /// Applies a map to the planes of the channels, at the given outers.
 template <class D, class Map>
-__attribute__((flatten)) void map_planes(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients,
-                                         Range outers, Range channels) {
+__attribute__((flatten)) void map_planes(const Map map, const Extent& e,
+                                         const Coefficients<typename D::Compute>& coefficients, Range outers,
+                                         Range channels) {
+  const int64_t inner = e.inner;
   for (int64_t outer = outers.first; outer < outers.last; ++outer) {
     const int64_t group = group_of(e, outer) * e.channels;
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
-      Vec<D> k[Map::kCoefficients];
-      for (int r = 0; r < Map::kCoefficients; ++r) k[r] = splat<D>(coefficients.row(r)[group + channel]);
+      const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const auto at = map.at(outer, channel);
-      each_register<D>(e.inner, [&](int64_t i, auto count) { map(at, i, count, k); });
+      each_register<D>(inner, [=](int64_t i, auto count) { map(at, i, count, k); });
     }
   }
 }
 
-/// Applies a map to `width` columns of kRows rows of one group side by side.
+/// Applies a map to `width` columns of kRows rows side by side. NB: arguments by value, so that no store can be taken to
+/// change them.
 template <class D, int kRows, class Map>
-__attribute__((flatten)) void map_row_group(const Map& map, const typename Map::At* at, int64_t width,
-                                            const typename D::Compute* const* coefficients) {
-  each_register<D>(width, [&](int64_t i, auto count) {
-    Vec<D> k[Map::kCoefficients];
-    for (int r = 0; r < Map::kCoefficients; ++r) k[r] = load<Parameter<D>>(coefficients[r] + i, count);
-    for (int row = 0; row < kRows; ++row) map(at[row], i, count, k);
+__attribute__((flatten)) void map_row_group(const Map map, const typename Map::At* rows, int64_t width,
+                                            const Coefficients<typename D::Compute> coefficients, int64_t first) {
+  struct {
+    typename Map::At at[kRows];
+  } group;
+  __builtin_memcpy(&group, rows, sizeof group);
+  each_register<D>(width, [=](int64_t i, auto count) {
+    const typename Map::Channel k([=](int row) { return load<Parameter<D>>(coefficients.row(row) + first + i, count); });
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) map(group.at[row], i, count, k);
   });
 }
 
@@ -99,19 +119,17 @@ template <class D, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
   constexpr int kRows = 4;
+  const int64_t width = columns.last - columns.first;
   for (int64_t outer = outers.first; outer < outers.last;) {
-    const int64_t group = group_of(e, outer);
+    const int64_t group = group_of(e, outer), first = group * e.channels + columns.first;
     typename Map::At at[kRows];
-    const typename D::Compute* k[Map::kCoefficients];
-    for (int r = 0; r < Map::kCoefficients; ++r) k[r] = coefficients.row(r) + group * e.channels + columns.first;
     int rows = 0;
     for (; rows < kRows && outer + rows < outers.last && group_of(e, outer + rows) == group; ++rows)
       at[rows] = map.at(outer + rows, columns.first);
-    const int64_t width = columns.last - columns.first;
     if (rows == kRows)
-      map_row_group<D, kRows>(map, at, width, k);
+      map_row_group<D, kRows>(map, at, width, coefficients, first);
     else
-      for (int row = 0; row < rows; ++row) map_row_group<D, 1>(map, at + row, width, k);
+      for (int row = 0; row < rows; ++row) map_row_group<D, 1>(map, at + row, width, coefficients, first);
     outer += rows;
   }
 }

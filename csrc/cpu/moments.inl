@@ -77,14 +77,14 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   const auto add = [&](int begin, auto rows) {
     each_register<D>(width, [&](int64_t c, auto count) {
       const Vec<D> centre = load<P>(pivot + c, count);
-      Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
-      for (int r = 0; r < decltype(rows)::value; ++r) {
-        const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
+      Vec<D> s1 = {}, s2 = {};  // short chains first: rounding grows with their length
+      for (int r = begin; r < begin + decltype(rows)::value; ++r) {
+        const Vec<D> d = load<D>(row[r] + c, count) - centre;
         s1 += d;
         s2 += d * d;
       }
-      store<P>(first + c, s1, count);
-      store<P>(second + c, s2, count);
+      store<P>(first + c, load<P>(first + c, count) + s1, count);
+      store<P>(second + c, load<P>(second + c, count) + s2, count);
     });
   };
   int r = 0;
@@ -97,7 +97,7 @@ template <class D>
 void join_row_block(const typename D::Element* const* row, int n, int64_t width, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
-  Compute pivot[kColumnBlock], first[kColumnBlock], second[kColumnBlock];
+  Compute pivot[kColumnBlock<D>] = {}, first[kColumnBlock<D>], second[kColumnBlock<D>];
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;

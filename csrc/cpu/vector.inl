@@ -12,8 +12,10 @@ typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
 
 BN_INLINE Bits choose(Bits condition, Bits yes, Bits no) { return (condition & yes) | (~condition & no); }
 
-/// How elements are stored, and the type that all arithmetic on them uses.
+/// How elements are stored, and the type that all arithmetic on them uses. kWithRest: coefficients of that type are not
+/// fine enough for results of it (float64 has no finer type to find the rest in).
 struct F32 {
+  static constexpr bool kWithRest = true;
   typedef float Element;
   typedef float Compute;
   typedef Floats Stored;
@@ -22,6 +24,7 @@ struct F32 {
 };
 
 struct F64 {
+  static constexpr bool kWithRest = false;
   typedef double Element;
   typedef double Compute;
   typedef VectorOf<double, BN_VECTOR_BYTES>::type Stored;
@@ -30,6 +33,7 @@ struct F64 {
 };
 
 struct BF16 {
+  static constexpr bool kWithRest = false;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
@@ -42,6 +46,7 @@ struct BF16 {
 };
 
 struct F16 {
+  static constexpr bool kWithRest = false;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;

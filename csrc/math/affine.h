@@ -6,19 +6,26 @@
 
 namespace torch_bn {
 
-/// y = (x - center) * scale + shift.
-/// Centring first keeps the digits of x when |mean| is many deviations; `center` is the mean rounded to T and
-/// `shift` takes up what the rounding left, so the mean counts with all its digits.
+/// y = (x - center) * scale + ((x - center) * scale_rest + shift).
+/// Centring first keeps the digits of x when |mean| is many deviations; `center` is the mean rounded to T, or 0 where the
+/// mean is less than a deviation away and x - center would only be rounded once more. `shift` takes up the rest of the
+/// mean, so that it counts with all its digits, and `scale_rest` what rounding to T leaves of the scale: with fused
+/// multiply-add y is then rounded once. Types that are stored in fewer digits than T need no scale_rest.
 template <typename T>
 struct Affine {
-  T center, scale, shift;
+  T center, scale, shift, scale_rest;
 };
 
 template <typename T>
+BN_INLINE T center_of(double mean, double invstd) {
+  return mean * mean * invstd * invstd < 1 ? T(0) : T(mean);
+}
+
+template <typename T>
 BN_INLINE Affine<T> normalizing_affine(double mean, double invstd, double gamma, double beta) {
-  const T center = T(mean);
+  const T center = center_of<T>(mean, invstd);
   const double scale = gamma * invstd;
-  return {center, T(scale), T(beta - (mean - double(center)) * scale)};
+  return {center, T(scale), T(beta - (mean - double(center)) * scale), T(scale - double(T(scale)))};
 }
 
 /// dx = dz * slope + (x - center) * bend + shift, where dz is the gradient of the normalised value.
@@ -32,7 +39,7 @@ struct GradientAffine {
 template <typename T>
 BN_INLINE GradientAffine<T> training_gradient(double mean, double invstd, double gamma, double count,
                                               double sum_dz, double sum_dz_deviation) {
-  const T center = T(mean);
+  const T center = center_of<T>(mean, invstd);
   const double slope = gamma * invstd;
   const double bend = -slope * invstd * invstd * sum_dz_deviation / count;
   return {center, T(slope), T(bend), T(-slope * sum_dz / count - (mean - double(center)) * bend)};
@@ -41,7 +48,7 @@ BN_INLINE GradientAffine<T> training_gradient(double mean, double invstd, double
 /// Through constant statistics: dx = gamma * invstd * dz.
 template <typename T>
 BN_INLINE GradientAffine<T> inference_gradient(double mean, double invstd, double gamma) {
-  return {T(mean), T(gamma * invstd), T(0), T(0)};
+  return {center_of<T>(mean, invstd), T(gamma * invstd), T(0), T(0)};
 }
 
 BN_INLINE double inverse_deviation(double variance, double eps) { return 1 / ::sqrt(variance + eps); }

@@ -38,7 +38,7 @@ BN_INLINE void finish_forward(const P& p, long channel, double momentum, const M
   if (p.running_var) update(p.running_var, variance / groups);
 }
 
-/// The sums over one group of dz and of dz * (x - center), center being the mean rounded to T.
+/// The sums over one group of dz and of dz * (x - center), with center_of the mean.
 struct GradientSums {
   double count, dz, dz_deviation;
 };
@@ -52,7 +52,7 @@ BN_INLINE void finish_backward(const P& p, long channel, const SumsOf& sums_of, 
   for (long group = 0; group < groups; ++group) {
     const double mean = p.mean[group * channels + channel], invstd = p.invstd[group * channels + channel];
     const GradientSums s = sums_of(group);
-    const double deviation = s.dz_deviation - (mean - double(T(mean))) * s.dz;
+    const double deviation = s.dz_deviation - (mean - double(center_of<T>(mean, invstd))) * s.dz;
     dgamma += deviation * invstd;
     dbeta += s.dz;
     store(group, p.training ? training_gradient<T>(mean, invstd, gamma, s.count, s.dz, deviation)

@@ -21,8 +21,8 @@ using torch::autograd::variable_list;
 
 using Forward = Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, int64_t);
-using Inference = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                         double, int64_t);
+using Inference = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, double, int64_t);
 using Backward = Three(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, bool, double,
                        int64_t, bool);
 
@@ -149,7 +149,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                                                          num_batches_tracked, momentum, eps, axis);
     } else {
       // The buffers may change before backward (another forward, a broadcast by DDP): it gets copies.
-      output = inference_op().call(input, weight, bias, running_mean.value(), running_var.value(), eps, axis);
+      output = inference_op().call(input, weight, bias, running_mean, running_var, eps, axis);
       mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
       invstd = at::rsqrt(running_var->to(at::kDouble) + eps);
     }
@@ -157,7 +157,10 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["axis"] = axis;
-    if (bias) ctx->saved_data["bias_type"] = bias->scalar_type();
+    if (bias) {
+      ctx->saved_data["bias_type"] = bias->scalar_type();
+      ctx->saved_data["bias_sizes"] = bias->sizes().vec();
+    }
     return output;
   }
 
@@ -171,7 +174,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     if (ctx->needs_input_grad(0)) result[0] = dx;
     if (weight.defined()) result[1] = dweight.to(weight.scalar_type()).view(weight.sizes());
     const auto bias_type = ctx->saved_data.find("bias_type");
-    if (bias_type != ctx->saved_data.end()) result[2] = dbias.to(bias_type->second.toScalarType());
+    if (bias_type != ctx->saved_data.end())
+      result[2] = dbias.to(bias_type->second.toScalarType()).view(ctx->saved_data["bias_sizes"].toIntVector());
     return result;
   }
 };
@@ -184,7 +188,7 @@ Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const
   if (training)
     return std::get<0>(forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
                                          eps, axis));
-  return inference_op().call(input, weight, bias, plain(running_mean), plain(running_var), eps, axis);
+  return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis);
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -13,14 +13,12 @@
 namespace torch_bn {
 namespace {
 
-const Executor& host_threads() {
-  thread_local Executor executor{[](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-                                   if (count <= grain) return body(context, 0, count);
-                                   at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
-                                 },
-                                 1, nullptr};
-  executor.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  return executor;
+Executor host_threads() {
+  const auto parallel_for = [](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    if (count <= grain) return body(context, 0, count);
+    at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
+  };
+  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), nullptr};
 }
 
 DType dtype_of(const at::Tensor& t) {
@@ -127,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
 }
 
 at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const at::Tensor& running_mean, const at::Tensor& running_var, double eps, int64_t axis) {
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis) {
   axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis});
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
@@ -216,7 +214,7 @@ TORCH_LIBRARY(torch_bn, m) {
       "-> (Tensor output, Tensor mean, Tensor invstd)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, "
+      "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
       "float eps, int axis) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // training: mean and invstd depend on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
