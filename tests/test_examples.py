@@ -30,7 +30,9 @@ import training
 
 import torch_bn
 
-QUICK = ["--limit", "200", "--epochs", "2", "--batch-size", "67", "--width", "8", "--device", "cpu"]
+# NB: torch 2.13's strided 1x1 convolution of fewer than 16 channels writes past its end on some batch sizes (oneDNN,
+# channels_last, two threads).
+QUICK = ["--limit", "200", "--epochs", "2", "--batch-size", "67", "--width", "16", "--device", "cpu"]
 BOTH_NORMS = pytest.mark.parametrize("norm", ["torch", pytest.param("torch_bn", marks=pytest.mark.kernels)])
 
 
@@ -277,7 +279,7 @@ def test_training_on_each_data_set_runs_through(tmp_path):
     write_cifar10(tmp_path)
     write_mnist(tmp_path)
     for name in ("cifar10", "mnist", "fashion-mnist"):
-        arguments = ["--data", name, "--root", str(tmp_path), "--epochs", "1", "--width", "4", "--device", "cpu"]
+        arguments = ["--data", name, "--root", str(tmp_path), "--epochs", "1", "--width", "16", "--device", "cpu"]
         assert train_cnn.main([*arguments, "--output", str(tmp_path / name)]) == 0
 
 

@@ -48,7 +48,7 @@ __attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Par
       sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
         const Vec<D> deviation = load<D>(from.x + i, count) - center;
         const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
-        s1 += dz;
+        s1 += keep<D>(dz, count);
         s2 += keep<D>(dz * deviation, count);
       });
     }

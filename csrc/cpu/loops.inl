@@ -20,12 +20,33 @@ template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { re
 template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
 template <class D> BN_INLINE Vec<D> keep(Vec<D> v, All) { return v; }
 
+/// A whole register of which only the last lanes have not been seen before.
+struct Last {
+  int lanes;
+};
+template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, Last) { return load<D>(p); }
+template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, Last) { store<D>(p, v); }
+template <class D> BN_INLINE Vec<D> keep(Vec<D> v, Last last) {
+  for (int i = 0; i < kLanes<D>; ++i) v[i] = i >= kLanes<D> - last.lanes ? v[i] : 0;
+  return v;
+}
+
 /// Calls f(i, count) on every register of n adjacent elements: whole ones, then the rest.
 template <class D, class F>
 BN_INLINE void each_register(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
   if (i < n) f(i, int(n - i));
+}
+
+/// The same where the rest may reach back over elements already seen, which is quicker than a part of a register:
+/// f gives the same result for them again, or keeps them out of its sums.
+template <class D, class F>
+BN_INLINE void each_register_overlapping(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
+  if (i == n) return;
+  n < kLanes<D> ? f(i, int(n - i)) : f(n - kLanes<D>, Last{int(n - i)});
 }
 
 /// Two sums over the same elements, in four independent chains.
@@ -37,14 +58,16 @@ struct Sums {
   template <class F>
   void add(int64_t n, const F& f) {
     constexpr int64_t L = kLanes<D>;
-    const int64_t whole = n - n % (4 * L);
-    for (int64_t i = 0; i < whole; i += 4 * L) {
+    int64_t i = 0;
+    for (; i + 4 * L <= n; i += 4 * L) {
       f(i, All{}, first[0], second[0]);
       f(i + L, All{}, first[1], second[1]);
       f(i + 2 * L, All{}, first[2], second[2]);
       f(i + 3 * L, All{}, first[3], second[3]);
     }
-    each_register<D>(n - whole, [&](int64_t i, auto count) { f(whole + i, count, first[0], second[0]); });
+    for (; i + L <= n; i += L) f(i, All{}, first[0], second[0]);
+    if (i == n) return;
+    n < L ? f(i, int(n - i), first[1], second[1]) : f(n - L, Last{int(n - i)}, first[1], second[1]);
   }
   double total_first() const { return sum_of_lanes<D>((first[0] + first[1]) + (first[2] + first[3])); }
   double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }

@@ -2,16 +2,42 @@
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
 // kPlain: only x to y, or (dy, x) to dx; else there may be an activation, a residual, or a gradient to leave out.
 
+/// A register, past the caches if it is a whole one and that is wanted.
+template <class D>
+BN_INLINE void put(typename D::Element* p, Vec<D> v, All, bool streaming) {
+  streaming ? stream<D>(p, v) : store<D>(p, v);
+}
+template <class D>
+BN_INLINE void put(typename D::Element* p, Vec<D> v, Last, bool) {
+  store<D>(p, v);
+}
+template <class D>
+BN_INLINE void put(typename D::Element* p, Vec<D> v, int count, bool) {
+  store<D>(p, v, count);
+}
+
 template <class Element>
 BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t channel) {
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
 }
 
+/// What the forward and the inference map have in common.
+struct NormalizeParams {
+  const void* x;
+  Strides x_strides;
+  const void* residual;
+  Strides residual_strides;
+  void* y;
+  Strides y_strides;
+  Activation activation;
+};
+
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
-template <class D, class P, bool kPlain>
+template <class D, bool kPlain>
 struct Normalize {
   using Element = typename D::Element;
-  const P& p;
+  const NormalizeParams p;
+  const bool streaming;
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -37,7 +63,7 @@ struct Normalize {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
     }
-    store<D>(a.y + i, z, count);
+    put<D>(a.y + i, z, count, streaming);
   }
 };
 
@@ -46,6 +72,7 @@ template <class D, bool kPlain>
 struct NormalizeGradient {
   using Element = typename D::Element;
   const BackwardParams& p;
+  const bool streaming;
 
   struct Channel {
     Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
@@ -69,7 +96,7 @@ struct NormalizeGradient {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
     const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
-    if (kPlain || a.dx) store<D>(a.dx + i, dx, count);
+    if (kPlain || a.dx) put<D>(a.dx + i, dx, count, streaming);
     if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
   }
 };
@@ -93,7 +120,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const auto at = map.at(outer, channel);
-      each_register<D>(inner, [=](int64_t i, auto count) { map(at, i, count, k); });
+      each_register_overlapping<D>(inner, [=](int64_t i, auto count) { map(at, i, count, k); });
     }
   }
 }
@@ -107,7 +134,7 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
     typename Map::At at[kRows];
   } group;
   __builtin_memcpy(&group, rows, sizeof group);
-  each_register<D>(width, [=](int64_t i, auto count) {
+  each_register_overlapping<D>(width, [=](int64_t i, auto count) {
     const typename Map::Channel k([=](int row) { return load<Parameter<D>>(coefficients.row(row) + first + i, count); });
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) map(group.at[row], i, count, k);

@@ -91,7 +91,7 @@ BN_INLINE Vec<D> load(const typename D::Element* p) {
 
 /// The first `count` lanes from memory, zero in the others. Compiles to masked loads where there are any.
 template <class D>
-BN_INLINE Vec<D> load(const typename D::Element* p, int count) {
+__attribute__((noinline)) Vec<D> load(const typename D::Element* p, int count) {
   typename D::Element lanes[kLanes<D>];
   for (int i = 0; i < kLanes<D>; ++i) lanes[i] = i < count ? p[i] : typename D::Element(0);
   return load<D>(lanes);
@@ -104,11 +104,36 @@ BN_INLINE void store(typename D::Element* p, Vec<D> v) {
 }
 
 template <class D>
-BN_INLINE void store(typename D::Element* p, Vec<D> v, int count) {
+__attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count) {
   typename D::Element lanes[kLanes<D>];
   store<D>(lanes, v);
   for (int i = 0; i < kLanes<D>; ++i)
     if (i < count) p[i] = lanes[i];
+}
+
+/// A whole register past the caches, for output that would only drive other data out of them; p is aligned to 64 bytes or
+/// to the register. Where the instruction set has no such store, an ordinary one.
+template <class D>
+BN_INLINE void stream(typename D::Element* p, Vec<D> v) {
+  const typename D::Stored stored = D::narrow(v);
+#if defined(__clang__)
+  __builtin_nontemporal_store(stored, reinterpret_cast<typename D::Stored*>(p));
+#elif defined(__x86_64__)
+  typedef typename VectorOf<long long, sizeof stored>::type Words;
+  if constexpr (sizeof stored == 64) __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 32) __builtin_ia32_movntdq256(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 16) __builtin_ia32_movntdq(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 8) store<D>(p, v);
+#else
+  store<D>(p, v);
+#endif
+}
+
+/// Orders streamed stores before what the thread does next.
+BN_INLINE void end_streaming() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
 }
 
 /// v in the first `count` lanes, zero in the others.

@@ -154,29 +154,41 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
       invstd = at::rsqrt(running_var->to(at::kDouble) + eps);
     }
     ctx->save_for_backward({input, plain(weight), mean, invstd});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["axis"] = axis;
-    if (bias) {
-      ctx->saved_data["bias_type"] = bias->scalar_type();
-      ctx->saved_data["bias_sizes"] = bias->sizes().vec();
-    }
+    ctx->saved_data["call"] = c10::ivalue::Tuple::create(training, eps, axis, bias.has_value());
+    const auto usual = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    if (bias && (bias->dim() != 1 || bias->scalar_type() != usual))
+      ctx->saved_data["bias"] = c10::ivalue::Tuple::create(bias->scalar_type(), bias->sizes().vec());
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Tensor& weight = saved[1];
-    const auto [dx, dweight, dbias] = backward_op().call(
-        grads[0], saved[0], optional(weight), saved[2], saved[3], ctx->saved_data["training"].toBool(),
-        ctx->saved_data["eps"].toDouble(), ctx->saved_data["axis"].toInt(), ctx->needs_input_grad(0));
+    const auto call = ctx->saved_data["call"].toTuple();
+    const auto& values = call->elements();
+    const bool training = values[0].toBool(), has_bias = values[3].toBool();
+    const double eps = values[1].toDouble();
+    const int64_t axis = values[2].toInt();
+    const bool needs_input_grad = ctx->needs_input_grad(0);
+    const auto [dx, dweight, dbias] =
+        backward_op().call(grads[0], saved[0], optional(weight), saved[2], saved[3], training, eps, axis,
+                           needs_input_grad);
     variable_list result(10);
-    if (ctx->needs_input_grad(0)) result[0] = dx;
-    if (weight.defined()) result[1] = dweight.to(weight.scalar_type()).view(weight.sizes());
-    const auto bias_type = ctx->saved_data.find("bias_type");
-    if (bias_type != ctx->saved_data.end())
-      result[2] = dbias.to(bias_type->second.toScalarType()).view(ctx->saved_data["bias_sizes"].toIntVector());
+    if (needs_input_grad) result[0] = dx;
+    if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());
+    if (has_bias) result[2] = dbias;
+    const auto bias = ctx->saved_data.find("bias");
+    if (bias != ctx->saved_data.end()) {
+      const auto kind = bias->second.toTuple();
+      result[2] = like(dbias, kind->elements()[0].toScalarType(), kind->elements()[1].toIntVector());
+    }
     return result;
+  }
+
+ private:
+  static Tensor like(const Tensor& gradient, at::ScalarType type, at::IntArrayRef sizes) {
+    const Tensor cast = gradient.scalar_type() == type ? gradient : gradient.to(type);
+    return sizes.size() == 1 ? cast : cast.view(sizes);
   }
 };
 

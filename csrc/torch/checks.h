@@ -75,14 +75,22 @@ inline void check_constant(const OptionalTensor& tensor, const char* name) {
               "'. This input cannot have requires_grad True.");
 }
 
+inline int64_t check_axis(const at::Tensor& input, int64_t axis) {
+  const int64_t rank = input.dim();
+  TORCH_CHECK_VALUE(rank >= 1, "batch_norm: input must have at least 1 dimension, got 0");
+  TORCH_CHECK_VALUE(axis >= -rank && axis < rank, "batch_norm: axis must be in [", -rank, ", ", rank - 1,
+                    "] for an input of rank ", rank, ", got ", axis);
+  return axis < 0 ? axis + rank : axis;
+}
+
+inline void check_dtype(const at::Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(is_float(input), "\"batch_norm\" not implemented for '", input.scalar_type(), "'");
+}
+
 /// Throws for bad arguments, before anything is changed; otherwise returns the axis counted from 0.
 inline int64_t check(const Arguments& a) {
   const at::Tensor& input = a.input;
-  const int64_t rank = input.dim();
-  TORCH_CHECK_VALUE(rank >= 1, "batch_norm: input must have at least 1 dimension, got 0");
-  TORCH_CHECK_VALUE(a.axis >= -rank && a.axis < rank, "batch_norm: axis must be in [", -rank, ", ", rank - 1,
-                    "] for an input of rank ", rank, ", got ", a.axis);
-  const int64_t axis = a.axis < 0 ? a.axis + rank : a.axis;
+  const int64_t axis = check_axis(input, a.axis);
   TORCH_CHECK_VALUE(!a.training || values_per_channel(input, axis) != 1,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", input.sizes(),
                     ")");
@@ -100,7 +108,7 @@ inline int64_t check(const Arguments& a) {
   TORCH_CHECK_VALUE(!a.training || a.momentum || !a.running_mean || a.num_batches_tracked,
                     "batch_norm: momentum=None averages over all batches and needs num_batches_tracked, got None");
 
-  TORCH_CHECK_NOT_IMPLEMENTED(is_float(input), "\"batch_norm\" not implemented for '", input.scalar_type(), "'");
+  check_dtype(input);
   check_kind(a.weight, "weight", input);
   check_kind(a.bias, "bias", input);
   check_kind(a.running_mean, "running_mean", input);
@@ -115,6 +123,26 @@ inline int64_t check(const Arguments& a) {
   }
   check_constant(a.running_mean, "running_mean");
   check_constant(a.running_var, "running_var");
+  return axis;
+}
+
+/// The same for the backward operator, whose other arguments come from the forward one.
+inline int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                              const at::Tensor& mean, const at::Tensor& invstd, int64_t axis) {
+  axis = check_axis(input, axis);
+  check_dtype(input);
+  check_length(weight, "weight", input.size(axis));
+  check_kind(weight, "weight", input);
+  TORCH_CHECK(is_float(grad_output) && grad_output.sizes() == input.sizes(),
+              "batch_norm: grad_output must be floating point with the input's shape ", input.sizes(), ", got ",
+              grad_output.scalar_type(), " with ", grad_output.sizes());
+  check_device(grad_output, "grad_output", input);
+  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, {&invstd, "invstd"}}) {
+    TORCH_CHECK(tensor->scalar_type() == at::kDouble && tensor->numel() == input.size(axis), "batch_norm: ", name,
+                " must be Double with ", input.size(axis), " elements, got ", tensor->scalar_type(), " with ",
+                tensor->numel());
+    check_device(*tensor, name, input);
+  }
   return axis;
 }
 

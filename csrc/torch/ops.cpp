@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -13,12 +14,21 @@
 namespace torch_bn {
 namespace {
 
+int64_t last_level_cache() {
+  int64_t bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return bytes > 0 ? bytes : 32 << 20;
+}
+
 Executor host_threads() {
+  static const int64_t cache_bytes = last_level_cache();
   const auto parallel_for = [](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     if (count <= grain) return body(context, 0, count);
     at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
   };
-  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), nullptr};
+  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), cache_bytes, nullptr};
 }
 
 DType dtype_of(const at::Tensor& t) {
@@ -86,11 +96,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
   at::Tensor output = layout.empty(input.options());
-  at::Tensor statistics = at::empty({2, extent.channels}, input.options().dtype(at::kDouble));
-  at::Tensor mean = statistics.select(0, 0), invstd = statistics.select(0, 1);
+  const auto statistics = input.options().dtype(at::kDouble).memory_format(std::nullopt);
+  at::Tensor mean = at::empty({extent.channels}, statistics), invstd = at::empty({extent.channels}, statistics);
   if (input.numel() == 0) {
     if (num_batches_tracked) num_batches_tracked->add_(1);
-    return {output, statistics.zero_().select(0, 0), invstd};
+    return {output, mean.zero_(), invstd.zero_()};
   }
   at::Tensor x = input;
   const Strides x_strides = layout.fit(x);
@@ -156,17 +166,11 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
                                                         const OptionalTensor& weight, const at::Tensor& mean,
-                                                        const at::Tensor& invstd, bool training, double eps,
+                                                        const at::Tensor& invstd, bool training, double /*eps*/,
                                                         int64_t axis, bool needs_input_grad) {
-  axis = check({input, weight, {}, {}, {}, {}, true, 0.0, training ? eps : 1.0, axis});
-  TORCH_CHECK(grad_output.sizes() == input.sizes(), "batch_norm: grad_output must have the input's shape ",
-              input.sizes(), ", got ", grad_output.sizes());
+  axis = check_backward(grad_output, input, weight, mean, invstd, axis);
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
-  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, {&invstd, "invstd"}})
-    TORCH_CHECK(tensor->scalar_type() == at::kDouble && tensor->numel() == extent.channels, "batch_norm: ", name,
-                " must be Double with ", extent.channels, " elements, got ", tensor->scalar_type(), " with ",
-                tensor->numel());
   const auto parameters = input.options().dtype(parameter_type(input)).memory_format(std::nullopt);
   at::Tensor grad_input = needs_input_grad ? layout.empty(input.options()) : at::empty({0}, input.options());
   if (input.numel() == 0)
