@@ -96,8 +96,7 @@ struct BackwardParams {
 struct Executor {
   /// Calls body(context, first, last) on disjoint ranges that cover [0, count), each of `grain` or more.
   void (*parallel_for)(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
-  int threads;          // how many ranges can run at once; it and cache_bytes choose the schedule, never the result
-  int64_t cache_bytes;  // of the last-level cache
+  int threads;  // how many ranges can run at once: chooses the schedule, never the result
   void* stream;
 };
 

@@ -45,6 +45,8 @@ __attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Par
     for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
       const Segment s = segment_of(p.extent, cut, outers, u);
       const UpstreamGradient<D, kPlain> from(p, s.outer, channel, s.begin);
+      prefetch_next_channel<D>(from.x, p.x_strides.channel, s.count);
+      prefetch_next_channel<D>(from.dy, p.dy_strides.channel, s.count);
       sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
         const Vec<D> deviation = load<D>(from.x + i, count) - center;
         const Vec<D> dz = from.dz(i, count, deviation, scale, shift);

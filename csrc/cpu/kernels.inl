@@ -2,7 +2,7 @@
 // pieces of a pass go to the threads.
 
 constexpr int kCoefficientRows = 6;
-constexpr int64_t kSerialElements = 1 << 16;  // less is not worth waking a thread
+constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thread
 
 /// The walk over rows serves two more shapes, whose rows hold several columns of one channel each: tiny planes, whose
 /// `repeat` elements are adjacent columns, and few channels, where `fold` rows are taken as one.
@@ -11,8 +11,8 @@ struct Folding {
 };
 
 BN_INLINE Folding folding_of(const Extent& e, int64_t block) {
-  constexpr int64_t kTinyPlane = 16, kManyRows = 16;
-  if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyRows * e.groups ? e.inner : 1, 1};
+  constexpr int64_t kTinyPlane = 16, kManyPlanes = 16, kManyRows = 64;
+  if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
   int64_t fold = 1;
   while (e.groups == 1 && e.channels * fold < block && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
     fold *= 2;
@@ -169,23 +169,14 @@ P folded_map(P p, const Folding& f) {
   return p;
 }
 
-/// Whether to write an output past the caches: it would not stay in the last one, and whole registers are aligned.
-template <class D>
-bool streams(const Extent& e, const void* data, const Strides& s, const Executor& executor) {
-  constexpr int64_t kBytes = sizeof(typename D::Element);
-  const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
-  const bool aligned = (reinterpret_cast<uintptr_t>(data) | uintptr_t(apart)) % 64 == 0;
-  return aligned && e.outer * e.channels * e.inner * kBytes > executor.cache_bytes / 2;
-}
-
 template <class D, class P>
-void normalize(const P& p, bool streaming, const Coefficients<typename D::Compute>& coefficients, Range outers,
+void normalize(const P& p, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns) {
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, true>{n, streaming}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, true>{n}, p.extent, coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, false>{n, streaming}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, false>{n}, p.extent, coefficients, outers, columns);
 }
 
 template <class D>
@@ -196,13 +187,11 @@ struct Forward {
   const Folding folding;
   const ForwardParams p;  // folded
   Workspace<typename D::Compute> work;
-  bool streaming;
   double momentum;
 
-  Forward(const ForwardParams& params, const Executor& executor)
+  Forward(const ForwardParams& params)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streaming(streams<D>(p.extent, p.y, p.y_strides, executor)), momentum(p.momentum) {
+        work(p.workspace, p.extent, folding, kColumnBlock<D>), momentum(p.momentum) {
     const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
     if (p.cumulative) momentum = 1 / double(batches);
   }
@@ -220,7 +209,7 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
   void map(Range outers, Range columns) const {
-    normalize<D>(p, streaming, work.coefficients, outers, columns);
+    normalize<D>(p, work.coefficients, outers, columns);
   }
 };
 
@@ -231,12 +220,10 @@ struct Backward {
   const Folding folding;
   const BackwardParams p;  // folded
   Workspace<typename D::Compute> work;
-  bool streaming;
 
-  Backward(const BackwardParams& params, const Executor& executor)
+  Backward(const BackwardParams& params)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streaming(streams<D>(p.extent, p.dx, p.dx_strides, executor)) {}
+        work(p.workspace, p.extent, folding, kColumnBlock<D>) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
     const Folding f = folding_of(p.extent, kColumnBlock<D>);
@@ -277,9 +264,9 @@ struct Backward {
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns) const {
     if (p.activation == Activation::none && p.dx && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, true>{p, streaming}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, true>{p}, p.extent, work.coefficients, outers, columns);
     else if (p.dx || p.dresidual)
-      map_elements<D>(NormalizeGradient<D, false>{p, streaming}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, false>{p}, p.extent, work.coefficients, outers, columns);
   }
 };
 
@@ -289,19 +276,17 @@ struct Inference {
   const Folding folding;
   const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
-  bool streaming;
 
-  Inference(const InferenceParams& params, const Executor& executor)
+  Inference(const InferenceParams& params)
       : folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streaming(streams<D>(p.extent, p.y, p.y_strides, executor)) {
+        work(p.workspace, p.extent, folding, kColumnBlock<D>) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns) const {
-    normalize<D>(p, streaming, work.coefficients, outers, columns);
+    normalize<D>(p, work.coefficients, outers, columns);
   }
 };
 
@@ -343,7 +328,6 @@ void run_map(const Steps& steps, const Executor& executor) {
       const int64_t outer = tile / across * height, column = tile % across * width;
       steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }
-    end_streaming();
   });
 }
 
@@ -363,7 +347,6 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
       steps.finish(steps.self, channels);
       steps.map(steps.self, {0, e.outer}, columns);
     }
-    end_streaming();
   });
 }
 
@@ -412,13 +395,13 @@ void with_dtype(DType dtype, const F& f) {
 }
 
 void forward(const ForwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p, executor)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p)), executor); });
 }
 
 void backward(const BackwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run(steps_of(Backward<decltype(d)>(p, executor)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Backward<decltype(d)>(p)), executor); });
 }
 
 void inference(const InferenceParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p)), executor); });
 }

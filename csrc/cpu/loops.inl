@@ -145,6 +145,15 @@ BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupO
   return {outers[unit / cut.parts], begin, least(cut.block, e.inner - begin)};
 }
 
+/// Asks for the next channel's plane while this one's is read: short planes lie too far apart for the processor to
+/// foresee the next.
+template <class D>
+BN_INLINE void prefetch_next_channel(const typename D::Element* plane, int64_t channel_stride, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kShort = 16 * kLine;
+  if (count > kShort) return;
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(plane + channel_stride + i);
+}
+
 /// How many samples of one channel a slice holds.
 BN_INLINE double slice_count(const Extent& e, const Partition& cut, int64_t group, int64_t slice) {
   const Range units = slice_of(GroupOuters::of(e, group).count * cut.parts, slice, cut.slices);

@@ -2,20 +2,6 @@
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
 // kPlain: only x to y, or (dy, x) to dx; else there may be an activation, a residual, or a gradient to leave out.
 
-/// A register, past the caches if it is a whole one and that is wanted.
-template <class D>
-BN_INLINE void put(typename D::Element* p, Vec<D> v, All, bool streaming) {
-  streaming ? stream<D>(p, v) : store<D>(p, v);
-}
-template <class D>
-BN_INLINE void put(typename D::Element* p, Vec<D> v, Last, bool) {
-  store<D>(p, v);
-}
-template <class D>
-BN_INLINE void put(typename D::Element* p, Vec<D> v, int count, bool) {
-  store<D>(p, v, count);
-}
-
 template <class Element>
 BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t channel) {
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
@@ -37,7 +23,6 @@ template <class D, bool kPlain>
 struct Normalize {
   using Element = typename D::Element;
   const NormalizeParams p;
-  const bool streaming;
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -63,7 +48,7 @@ struct Normalize {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
     }
-    put<D>(a.y + i, z, count, streaming);
+    store<D>(a.y + i, z, count);
   }
 };
 
@@ -72,7 +57,6 @@ template <class D, bool kPlain>
 struct NormalizeGradient {
   using Element = typename D::Element;
   const BackwardParams& p;
-  const bool streaming;
 
   struct Channel {
     Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
@@ -96,7 +80,7 @@ struct NormalizeGradient {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
     const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
-    if (kPlain || a.dx) put<D>(a.dx + i, dx, count, streaming);
+    if (kPlain || a.dx) store<D>(a.dx + i, dx, count);
     if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
   }
 };

@@ -36,6 +36,7 @@ __attribute__((flatten)) Moments plane_moments(const ForwardParams& p, const Par
       for (int64_t u = unit; u < end; ++u) {
         const Segment s = segment(u);
         const auto* from = begin_of(s);
+        prefetch_next_channel<D>(from, p.x_strides.channel, s.count);
         sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
           const Vec<D> d = keep<D>(load<D>(from + i, count) - c, count);
           s1 += d;

@@ -10,8 +10,6 @@ typedef VectorOf<uint32_t, BN_VECTOR_BYTES>::type Bits;
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES / 2>::type HalfBits;
 typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
 
-BN_INLINE Bits choose(Bits condition, Bits yes, Bits no) { return (condition & yes) | (~condition & no); }
-
 /// How elements are stored, and the type that all arithmetic on them uses. kWithRest: coefficients of that type are not
 /// fine enough for results of it (float64 has no finer type to find the rest in).
 struct F32 {
@@ -41,7 +39,7 @@ struct BF16 {
   /// Rounds to nearest even; NaN stays NaN.
   BN_INLINE HalfBits narrow(Floats v) {
     const Bits bits = (Bits)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return __builtin_convertvector(choose((Bits)(v == v), rounded, bits | 0x400000) >> 16, HalfBits);
+    return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, HalfBits);
   }
 };
 
@@ -54,9 +52,9 @@ struct F16 {
   BN_INLINE Floats widen(HalfBits h) {
     const Bits half = __builtin_convertvector(h, Bits), shifted = (half & 0x7fff) << 13;
     const Bits exponent = shifted & (0x7c00u << 13), rebiased = shifted + (112u << 23);
-    const Bits special = (Bits)(exponent == (0x7c00u << 13)), subnormal = (Bits)(exponent == 0);
     const Bits normalized = (Bits)((Floats)(rebiased + (1u << 23)) - (Floats)(Bits{} + (113u << 23)));
-    return (Floats)(choose(subnormal, normalized, rebiased + (special & (112u << 23))) | ((half & 0x8000) << 16));
+    const Bits others = exponent == (0x7c00u << 13) ? rebiased + (112u << 23) : rebiased;
+    return (Floats)((exponent == 0 ? normalized : others) | ((half & 0x8000) << 16));
   }
   /// Rounds to nearest even, into subnormals too; 65520 and more become infinite, NaN stays NaN.
   BN_INLINE HalfBits narrow(Floats v) {
@@ -64,9 +62,9 @@ struct F16 {
     const Bits magic = Bits{} + (126u << 23);
     const Bits subnormal = (Bits)((Floats)magnitude + (Floats)magic) - magic;
     const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const Bits special = choose((Bits)(magnitude > 0x7f800000u), Bits{} + 0x7e00, Bits{} + 0x7c00);
-    const Bits finite = choose((Bits)(magnitude < (113u << 23)), subnormal, normal);
-    return __builtin_convertvector(choose((Bits)(magnitude >= (143u << 23)), special, finite) | (sign >> 16), HalfBits);
+    const Bits special = magnitude > 0x7f800000u ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
+    const Bits finite = magnitude < (113u << 23) ? subnormal : normal;
+    return __builtin_convertvector((magnitude >= (143u << 23) ? special : finite) | (sign >> 16), HalfBits);
   }
 };
 
@@ -109,31 +107,6 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
   store<D>(lanes, v);
   for (int i = 0; i < kLanes<D>; ++i)
     if (i < count) p[i] = lanes[i];
-}
-
-/// A whole register past the caches, for output that would only drive other data out of them; p is aligned to 64 bytes or
-/// to the register. Where the instruction set has no such store, an ordinary one.
-template <class D>
-BN_INLINE void stream(typename D::Element* p, Vec<D> v) {
-  const typename D::Stored stored = D::narrow(v);
-#if defined(__clang__)
-  __builtin_nontemporal_store(stored, reinterpret_cast<typename D::Stored*>(p));
-#elif defined(__x86_64__)
-  typedef typename VectorOf<long long, sizeof stored>::type Words;
-  if constexpr (sizeof stored == 64) __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 32) __builtin_ia32_movntdq256(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 16) __builtin_ia32_movntdq(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 8) store<D>(p, v);
-#else
-  store<D>(p, v);
-#endif
-}
-
-/// Orders streamed stores before what the thread does next.
-BN_INLINE void end_streaming() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
 }
 
 /// v in the first `count` lanes, zero in the others.

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
-#include <unistd.h>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -14,21 +13,12 @@
 namespace torch_bn {
 namespace {
 
-int64_t last_level_cache() {
-  int64_t bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  return bytes > 0 ? bytes : 32 << 20;
-}
-
 Executor host_threads() {
-  static const int64_t cache_bytes = last_level_cache();
   const auto parallel_for = [](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     if (count <= grain) return body(context, 0, count);
     at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
   };
-  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), cache_bytes, nullptr};
+  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), nullptr};
 }
 
 DType dtype_of(const at::Tensor& t) {

@@ -114,7 +114,7 @@ int64_t offset(const Extent&, const Strides& s, int64_t o, int64_t c, int64_t i)
 
 int64_t span(const Extent& e, const Strides& s) { return offset(e, s, e.outer - 1, e.channels - 1, e.inner - 1) + 1; }
 
-const Executor serial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }, 1, 1 << 14, nullptr};
+const Executor serial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }, 1, nullptr};
 
 /// Ranges of the least size the grain allows, on three threads, the last range first.
 const Executor threaded{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -124,7 +124,7 @@ const Executor threaded{[](int64_t n, int64_t grain, void (*body)(void*, int64_t
                             threads.emplace_back([=] { body(context, begin, std::min(n, begin + step)); });
                           for (auto& t : threads) t.join();
                         },
-                        3, 1 << 14, nullptr};
+                        3, nullptr};
 
 void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
   const Extent& e = c.extent;
