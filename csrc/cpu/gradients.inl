@@ -65,7 +65,7 @@ __attribute__((flatten)) void add_row_block(const UpstreamGradient<D, kPlain>* r
                                             const Forwarded<D>& forwarded, double* __restrict sum_dz,
                                             double* __restrict sum_dz_deviation) {
   using P = Parameter<D>;
-  typename D::Compute first[kColumnBlock<D>], second[kColumnBlock<D>];
+  typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   const auto add = [&](int begin, auto rows) {
     each_register<D>(width, [&](int64_t c, auto count) {

@@ -38,7 +38,8 @@ int64_t workspace_bytes(DType dtype, const Extent& e) {
   const int64_t block = column_block(wide ? 8 : half ? 2 : 4), compute = wide ? sizeof(double) : sizeof(float);
   const auto bytes = [&](const Extent& walked) {
     const int64_t length = walked.groups * walked.channels;
-    return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) + kCoefficientRows * length * compute;
+    return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) +
+           kCoefficientRows * (length * compute + kCacheSkew);
   };
   return most(bytes(e), bytes(folded(e, folding_of(e, block))));
 }

@@ -112,6 +112,12 @@ constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_by
 template <class D>
 constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));
 
+/// By how many bytes arrays are set apart that are read at the same place, lest whole pages between them put the same
+/// place of all into one set of the nearest cache.
+constexpr int64_t kCacheSkew = 320;
+template <class D>
+constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
+
 constexpr int64_t kPlaneBlock = 1024, kRowBlock = 64, kRowSlice = 256, kPlaneSlice = 32768;
 
 BN_INLINE Partition partition_of(const Extent& e, int64_t block) {

@@ -90,7 +90,8 @@ template <class T>
 struct Coefficients {
   T* data;
   int64_t length;  // groups * columns
-  T* row(int k) const { return data + k * length; }
+  T* row(int k) const { return data + k * apart(length); }
+  static int64_t apart(int64_t length) { return length + kCacheSkew / int64_t(sizeof(T)); }
 };
 
 /// Applies a map to the planes of the channels, at the given outers.

@@ -98,7 +98,7 @@ template <class D>
 void join_row_block(const typename D::Element* const* row, int n, int64_t width, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
-  Compute pivot[kColumnBlock<D>] = {}, first[kColumnBlock<D>], second[kColumnBlock<D>];
+  Compute pivot[kSkewedBlock<D>] = {}, first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
