@@ -145,7 +145,9 @@ def test_any_rank(rank, tolerances):
 
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "other_format": lambda dy: dy.contiguous() if dy.is_contiguous(memory_format=torch.channels_last) else channels_last(dy),
+    "other_format": lambda dy: (
+        dy.contiguous() if dy.is_contiguous(memory_format=torch.channels_last) else channels_last(dy)
+    ),
     "expanded_scalar": lambda dy: dy.flatten()[0].expand(dy.shape),
     "expanded_batch": lambda dy: dy[:1].expand(dy.shape),
     "expanded_plane": lambda dy: dy[:, :, :1, :1].expand(dy.shape),
@@ -186,7 +188,9 @@ def test_only_the_gradients_that_are_needed(needs, tolerances):
 
 @pytest.mark.parametrize("mean", [0, 10, 1e3, 1e4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(16, 3, 32, 32), (8, 16, 14, 14), (32, 24, 7, 7), (64, 32), (128, 8, 5), (4, 5, 3, 9, 11)])
+@pytest.mark.parametrize(
+    "shape", [(16, 3, 32, 32), (8, 16, 14, 14), (32, 24, 7, 7), (64, 32), (128, 8, 5), (4, 5, 3, 9, 11)]
+)
 def test_forward_error_is_at_most_that_of_torch(shape, layout, mean):
     fused_multiply_add = torch_bn._operators._extension.cpu_table() != "baseline"
     for seed in range(4):
@@ -248,14 +252,19 @@ def test_nan_and_infinity_stay_in_their_channel_as_in_torch():
 def test_huge_values_do_not_overflow():
     x = sample((8, 3, 4, 4), torch.float32) * 1e30
     expected = F.batch_norm(x.double(), None, None, training=True)
-    torch.testing.assert_close(batch_norm(x, None, None, training=True, fused=True).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        batch_norm(x, None, None, training=True, fused=True).double(), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
 def test_a_training_run_is_that_of_nn(dtype, layout, tolerances):
     """Several steps of a layer against nn.BatchNorm2d: output, gradients, state, and state_dict both ways, strict."""
-    ours, torchs = torch_bn.BatchNorm2d(6, momentum=None, fused=True).to(dtype), nn.BatchNorm2d(6, momentum=None).to(dtype)
+    ours, torchs = (
+        torch_bn.BatchNorm2d(6, momentum=None, fused=True).to(dtype),
+        nn.BatchNorm2d(6, momentum=None).to(dtype),
+    )
     for _ in range(4):
         x = LAYOUTS[layout](sample((5, 6, 7, 3), dtype))
         dy = torch.randn(5, 6, 7, 3, dtype=dtype)

@@ -206,7 +206,9 @@ def test_compiled_layers_train_like_eager_ones(dynamic, momentum):
 def test_the_backward_operator_names_what_does_not_fit(ops):
     x, weight, *_ = arguments(requires_grad=False)
     statistics = torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"grad_output must be .* the input's shape \[4, 3, 2, 5\], got Float with \[4, 3, 2\]"):
+    with pytest.raises(
+        RuntimeError, match=r"grad_output must be .* the input's shape \[4, 3, 2, 5\], got Float with \[4, 3, 2\]"
+    ):
         ops._batch_norm_backward(x[..., 0], x, weight, statistics, statistics, True, 1e-5, 1, True)
     with pytest.raises(RuntimeError, match="mean must be Double with 3 elements, got Float with 3"):
         ops._batch_norm_backward(x, x, weight, statistics.float(), statistics, True, 1e-5, 1, True)

@@ -118,7 +118,7 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-constexpr int64_t kPlaneBlock = 1024, kRowBlock = 64, kRowSlice = 256, kPlaneSlice = 32768;
+constexpr int64_t kPlaneBlock = 1024, kRowBlock = 32, kRowSlice = 256, kPlaneSlice = 32768;
 
 BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t outers = ceil_div(e.outer, e.groups);

@@ -78,14 +78,15 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   const auto add = [&](int begin, auto rows) {
     each_register<D>(width, [&](int64_t c, auto count) {
       const Vec<D> centre = load<P>(pivot + c, count);
-      Vec<D> s1 = {}, s2 = {};  // short chains first: rounding grows with their length
-      for (int r = begin; r < begin + decltype(rows)::value; ++r) {
-        const Vec<D> d = load<D>(row[r] + c, count) - centre;
-        s1 += d;
-        s2 += d * d;
+      Vec<D> s1[2] = {}, s2[2] = {};  // short chains: rounding grows with their length
+#pragma GCC unroll 8
+      for (int r = 0; r < decltype(rows)::value; ++r) {
+        const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
+        s1[r % 2] += d;
+        s2[r % 2] += d * d;
       }
-      store<P>(first + c, load<P>(first + c, count) + s1, count);
-      store<P>(second + c, load<P>(second + c, count) + s2, count);
+      store<P>(first + c, load<P>(first + c, count) + (s1[0] + s1[1]), count);
+      store<P>(second + c, load<P>(second + c, count) + (s2[0] + s2[1]), count);
     });
   };
   int r = 0;
