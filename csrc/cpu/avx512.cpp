@@ -11,6 +11,9 @@ namespace {
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"
+#include "folding.inl"
+#include "passes.inl"
+#include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
 const Kernels avx512{"avx512", workspace_bytes, forward, inference, backward};

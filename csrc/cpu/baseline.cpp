@@ -9,6 +9,9 @@ namespace {
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"
+#include "folding.inl"
+#include "passes.inl"
+#include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
 const Kernels baseline{"baseline", workspace_bytes, forward, inference, backward};

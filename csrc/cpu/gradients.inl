@@ -36,8 +36,10 @@ struct Forwarded {
 };
 
 template <class D, bool kPlain>
-__attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
-                     int64_t channel, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
+__attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Partition& cut,
+                                              const GroupOuters& outers, Range units, int64_t channel,
+                                              const Forwarded<D>& forwarded, double* sum_dz,
+                                              double* sum_dz_deviation) {
   const Vec<D> center = splat<D>(forwarded.center[channel]), scale = splat<D>(forwarded.scale[channel]),
                shift = splat<D>(forwarded.shift[channel]);
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {

@@ -106,8 +106,8 @@ struct Partition {
 };
 
 constexpr int kRowGroup = 8;  // rows walked side by side, so that what belongs to the columns is read less often
-/// Columns of a row that are read at once: a page of memory, so that rows side by side lie in pages of their own, as the
-/// processor's prefetcher wants it, and what belongs to the columns stays in the nearest cache.
+/// Columns of a row that are read at once: a page of memory, so that rows side by side lie in pages of their own, as
+/// the processor's prefetcher wants it, and what belongs to the columns stays in the nearest cache.
 constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
 template <class D>
 constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));

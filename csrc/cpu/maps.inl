@@ -110,8 +110,8 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
   }
 }
 
-/// Applies a map to `width` columns of kRows rows side by side. NB: arguments by value, so that no store can be taken to
-/// change them.
+/// Applies a map to `width` columns of kRows rows side by side.
+/// NB: arguments by value, so that no store can be taken to change them.
 template <class D, int kRows, class Map>
 __attribute__((flatten)) void map_row_group(const Map map, const typename Map::At* rows, int64_t width,
                                             const Coefficients<typename D::Compute> coefficients, int64_t first) {
@@ -120,7 +120,8 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
   } group;
   __builtin_memcpy(&group, rows, sizeof group);
   each_register_overlapping<D>(width, [=](int64_t i, auto count) {
-    const typename Map::Channel k([=](int row) { return load<Parameter<D>>(coefficients.row(row) + first + i, count); });
+    const auto read = [=](int row) { return load<Parameter<D>>(coefficients.row(row) + first + i, count); };
+    const typename Map::Channel k(read);
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) map(group.at[row], i, count, k);
   });
@@ -149,5 +150,6 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
 template <class D, class Map>
 void map_elements(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
                   Range columns) {
-  e.inner == 1 ? map_rows<D>(map, e, coefficients, outers, columns) : map_planes<D>(map, e, coefficients, outers, columns);
+  if (e.inner == 1) return map_rows<D>(map, e, coefficients, outers, columns);
+  map_planes<D>(map, e, coefficients, outers, columns);
 }

@@ -1,7 +1,8 @@
 // The reduction of the forward pass: moments of x, per slice, group and channel.
 // Sums within a block are taken around a pivot near the mean, in the compute type; blocks are merged in double.
-// The pivot is the mean so far, at first that of a few elements; a block that turns out to lie elsewhere is summed again around its own mean, so one
-// read of memory is enough whatever the data. A block whose sums are not finite is taken in double.
+// The pivot is the mean so far, at first that of a few elements; a block that turns out to lie elsewhere is summed
+// again around its own mean, so one read of memory is enough whatever the data. A block whose sums are not finite is
+// taken in double.
 
 /// Two passes in double over n values: for blocks that overflow the compute type or hold NaN or infinity.
 template <class At>
@@ -17,8 +18,9 @@ BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
 
 /// Moments of the units [first, last) of one channel, whose planes begin at x.
 template <class D>
-__attribute__((flatten)) Moments plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
-                      const typename D::Element* x) {
+__attribute__((flatten)) Moments plane_moments(const ForwardParams& p, const Partition& cut,
+                                               const GroupOuters& outers, Range units,
+                                               const typename D::Element* x) {
   using Compute = typename D::Compute;
   Moments total{0, 0, 0};
   if (units.first == units.last) return total;

@@ -1,0 +1,74 @@
+// Shapes that are walked as rows of more columns than channels, and the memory in which a pass keeps what it finds out
+// about each column.
+
+constexpr int kCoefficientRows = 6;
+
+/// The walk over rows serves two more shapes, whose rows hold several columns of one channel each: tiny planes, whose
+/// `repeat` elements are adjacent columns, and few channels, where `fold` rows are taken as one.
+struct Folding {
+  int64_t channels, repeat, fold;
+};
+
+BN_INLINE Folding folding_of(const Extent& e, int64_t block) {
+  constexpr int64_t kTinyPlane = 16, kManyPlanes = 16, kManyRows = 64;
+  if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
+  int64_t fold = 1;
+  while (e.groups == 1 && e.channels * fold < block && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
+    fold *= 2;
+  return {e.channels, 1, fold};
+}
+
+/// The extent of the rows, where there is folding.
+BN_INLINE Extent folded(const Extent& e, const Folding& f) {
+  if (f.repeat * f.fold == 1) return e;
+  const int64_t per_example = f.fold == 1 ? e.outer_per_example : 1;  // no matter: only one group is folded
+  return {e.outer / f.fold, e.channels * f.repeat * f.fold, 1, per_example, e.groups};
+}
+
+/// Whether a tensor of these strides can be walked so, and its strides then.
+BN_INLINE bool foldable(const Extent& e, const Folding& f, const void* data, const Strides& s) {
+  return !data || ((f.repeat == 1 || s.channel == e.inner) && (f.fold == 1 || s.outer == e.channels));
+}
+BN_INLINE Strides folded(const Folding& f, const Strides& s) {
+  return f.repeat * f.fold == 1 ? s : Strides{s.outer * f.fold, 1};
+}
+
+int64_t workspace_bytes(DType dtype, const Extent& e) {
+  const bool wide = dtype == DType::f64, half = dtype == DType::bf16 || dtype == DType::f16;
+  const int64_t block = column_block(wide ? 8 : half ? 2 : 4), compute = wide ? sizeof(double) : sizeof(float);
+  const auto bytes = [&](const Extent& walked) {
+    const int64_t length = walked.groups * walked.channels;
+    return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) +
+           kCoefficientRows * (length * compute + kCacheSkew);
+  };
+  return most(bytes(e), bytes(folded(e, folding_of(e, block))));
+}
+
+/// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.
+template <class T>
+struct Workspace {
+  Folding folding;
+  Partition cut;
+  Extent extent;           // folded
+  double *first, *second;  // [slices, groups, columns], the partial results
+  Coefficients<T> coefficients;
+
+  Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
+      : folding(f), cut(partition_of(e, block)), extent(e) {
+    const int64_t length = e.groups * e.channels, parts = cut.slices * length;
+    first = static_cast<double*>(memory);
+    second = first + parts;
+    coefficients = {reinterpret_cast<T*>(second + parts), length};
+  }
+  /// A channel's columns: how many, the first of them in some group, and how far apart they are.
+  int64_t columns() const { return folding.repeat * folding.fold; }
+  int64_t first_column(int64_t group, int64_t channel) const {
+    return group * extent.channels + channel * folding.repeat;
+  }
+  int64_t step() const { return folding.fold > 1 ? folding.channels : 1; }
+
+  void set(int64_t group, int64_t channel, int row, T value) const {
+    T* at = coefficients.row(row) + first_column(group, channel);
+    for (int64_t i = 0; i < columns(); ++i) at[i * step()] = value;
+  }
+};

@@ -1,0 +1,217 @@
+// The passes: prepare, reduce, finish, map, each over some channels or columns. What the steps hand to each other lies
+// in the workspace; schedule.inl decides in which order their pieces go to the threads.
+
+/// Moments from slices and columns to coefficients, with the running statistics.
+template <class T>
+void finish_moments(const ForwardParams& p, const Workspace<T>& work, double momentum, Range channels) {
+  for (int64_t c = channels.first; c < channels.last; ++c) {
+    const auto moments_of = [&](int64_t group) {
+      Moments total{0, 0, 0};
+      for (int64_t slice = 0; slice < work.cut.slices; ++slice) {
+        const double count = slice_count(work.extent, work.cut, group, slice);
+        const int64_t at = slice * work.coefficients.length + work.first_column(group, c);
+        total = merge(total, merge_equal(work.columns(), work.step(), count, work.first + at, work.second + at));
+      }
+      return total;
+    };
+    finish_forward<T>(p, c, momentum, moments_of, [&](int64_t group, const Affine<T>& affine) {
+      work.set(group, c, 0, affine.center);
+      work.set(group, c, 1, affine.scale);
+      work.set(group, c, 2, affine.shift);
+      work.set(group, c, 3, affine.scale_rest);
+    });
+  }
+}
+
+/// What the backward pass must know of the forward's map.
+template <class T>
+void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
+  for (int64_t group = 0; group < p.extent.groups; ++group)
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+      const int64_t at = group * p.extent.channels + c;
+      const Affine<T> affine =
+          normalizing_affine<T>(p.mean[at], p.invstd[at], parameter<T>(p.weight, c, 1), parameter<T>(p.bias, c, 0));
+      work.set(group, c, 0, affine.center);
+      work.set(group, c, 4, affine.scale);
+      work.set(group, c, 5, affine.shift);
+    }
+}
+
+template <class T>
+void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
+  for (int64_t c = channels.first; c < channels.last; ++c) {
+    const auto sums_of = [&](int64_t group) {
+      GradientSums total{double(GroupOuters::of(p.extent, group).count * p.extent.inner), 0, 0};
+      for (int64_t slice = 0; slice < work.cut.slices; ++slice)
+        for (int64_t i = 0; i < work.columns(); ++i) {
+          const int64_t at = slice * work.coefficients.length + work.first_column(group, c) + i * work.step();
+          total.dz += work.first[at];
+          total.dz_deviation += work.second[at];
+        }
+      return total;
+    };
+    finish_backward<T>(p, c, sums_of, [&](int64_t group, const GradientAffine<T>& affine) {
+      work.set(group, c, 1, affine.slope);
+      work.set(group, c, 2, affine.bend);
+      work.set(group, c, 3, affine.shift);
+    });
+  }
+}
+
+template <class T>
+void prepare_inference(const InferenceParams& p, const Workspace<T>& work) {
+  for (int64_t c = 0; c < p.extent.channels; ++c) {
+    const double invstd = inverse_deviation(parameter<T>(p.running_var, c, 1), p.eps);
+    const Affine<T> affine = normalizing_affine<T>(parameter<T>(p.running_mean, c, 0), invstd,
+                                                   parameter<T>(p.weight, c, 1), parameter<T>(p.bias, c, 0));
+    work.set(0, c, 0, affine.center);
+    work.set(0, c, 1, affine.scale);
+    work.set(0, c, 2, affine.shift);
+    work.set(0, c, 3, affine.scale_rest);
+  }
+}
+
+/// One slice: its units, and where its partial results stand.
+struct Part {
+  GroupOuters outers;
+  Range units;
+  int64_t at;
+
+  Part(const Extent& e, const Partition& cut, int64_t group, int64_t slice)
+      : outers(GroupOuters::of(e, group)), units(slice_of(outers.count * cut.parts, slice, cut.slices)),
+        at((slice * e.groups + group) * e.channels) {}
+};
+
+template <class D, class P>
+Folding folding_of_map(const P& p) {
+  const Folding f = folding_of(p.extent, kColumnBlock<D>);
+  const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
+                   foldable(p.extent, f, p.y, p.y_strides);
+  return all ? f : Folding{p.extent.channels, 1, 1};
+}
+
+/// The params as the walk over elements sees them.
+template <class P>
+P folded_map(P p, const Folding& f) {
+  p.x_strides = folded(f, p.x_strides);
+  p.residual_strides = folded(f, p.residual_strides);
+  p.y_strides = folded(f, p.y_strides);
+  p.extent = folded(p.extent, f);
+  return p;
+}
+
+template <class D, class P>
+void normalize(const P& p, const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
+  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
+  if (p.activation == Activation::none && !p.residual)
+    map_elements<D>(Normalize<D, true>{n}, p.extent, coefficients, outers, columns);
+  else
+    map_elements<D>(Normalize<D, false>{n}, p.extent, coefficients, outers, columns);
+}
+
+template <class D>
+struct Forward {
+  typedef D Type;
+  using Element = typename D::Element;
+  const ForwardParams& given;
+  const Folding folding;
+  const ForwardParams p;  // folded
+  Workspace<typename D::Compute> work;
+  double momentum;
+
+  Forward(const ForwardParams& params)
+      : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>), momentum(p.momentum) {
+    const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
+    if (p.cumulative) momentum = 1 / double(batches);
+  }
+  void prepare(Range) const {}
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    const Part part(p.extent, work.cut, group, slice);
+    double *mean = work.first + part.at, *m2 = work.second + part.at;
+    if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
+    for (int64_t c = columns.first; c < columns.last; ++c) {
+      const auto* plane = static_cast<const Element*>(p.x) + c * p.x_strides.channel;
+      const Moments m = plane_moments<D>(p, work.cut, part.outers, part.units, plane);
+      mean[c] = m.mean;
+      m2[c] = m.m2;
+    }
+  }
+  void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
+  void map(Range outers, Range columns) const { normalize<D>(p, work.coefficients, outers, columns); }
+};
+
+template <class D>
+struct Backward {
+  typedef D Type;
+  const BackwardParams& given;
+  const Folding folding;
+  const BackwardParams p;  // folded
+  Workspace<typename D::Compute> work;
+
+  Backward(const BackwardParams& params)
+      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>) {}
+
+  static Folding folding_of_all(const BackwardParams& p) {
+    const Folding f = folding_of(p.extent, kColumnBlock<D>);
+    const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
+                     foldable(p.extent, f, p.residual, p.residual_strides) &&
+                     foldable(p.extent, f, p.dx, p.dx_strides) &&
+                     foldable(p.extent, f, p.dresidual, p.dresidual_strides);
+    return all ? f : Folding{p.extent.channels, 1, 1};
+  }
+  static BackwardParams folded_all(BackwardParams p, const Folding& f) {
+    p.x_strides = folded(f, p.x_strides);
+    p.dy_strides = folded(f, p.dy_strides);
+    p.residual_strides = folded(f, p.residual_strides);
+    p.dx_strides = folded(f, p.dx_strides);
+    p.dresidual_strides = folded(f, p.dresidual_strides);
+    p.extent = folded(p.extent, f);
+    return p;
+  }
+  void prepare(Range channels) const { prepare_gradients(given, work, channels); }
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    if (p.activation == Activation::none)
+      reduce<true>(group, slice, columns);
+    else
+      reduce<false>(group, slice, columns);
+  }
+  template <bool kPlain>
+  void reduce(int64_t group, int64_t slice, Range columns) const {
+    const Part part(p.extent, work.cut, group, slice);
+    const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
+    const Forwarded<D> forwarded{row(0), row(4), row(5)};
+    double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
+    for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
+    if (p.extent.inner == 1)
+      return row_gradients<D, kPlain>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
+    for (int64_t c = columns.first; c < columns.last; ++c)
+      plane_gradients<D, kPlain>(p, work.cut, part.outers, part.units, c, forwarded, dz + c, dz_deviation + c);
+  }
+  void finish(Range channels) const { finish_gradients(given, work, channels); }
+  void map(Range outers, Range columns) const {
+    if (p.activation == Activation::none && p.dx && !p.dresidual)
+      map_elements<D>(NormalizeGradient<D, true>{p}, p.extent, work.coefficients, outers, columns);
+    else if (p.dx || p.dresidual)
+      map_elements<D>(NormalizeGradient<D, false>{p}, p.extent, work.coefficients, outers, columns);
+  }
+};
+
+template <class D>
+struct Inference {
+  typedef D Type;
+  const Folding folding;
+  const InferenceParams p;  // folded
+  Workspace<typename D::Compute> work;
+
+  Inference(const InferenceParams& params)
+      : folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>) {
+    prepare_inference(params, work);
+  }
+  void prepare(Range) const {}
+  void reduce(int64_t, int64_t, Range) const {}
+  void finish(Range) const {}
+  void map(Range outers, Range columns) const { normalize<D>(p, work.coefficients, outers, columns); }
+};

@@ -1,0 +1,97 @@
+// Which piece of a pass goes to which thread, and when. Compiled once for all passes.
+
+constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thread
+
+/// The steps of a pass, each over some channels or columns of channels; `self` is the pass.
+struct Steps {
+  const void* self;
+  Extent extent;  // folded
+  Folding folding;
+  Partition cut;
+  int64_t column_block;
+  void (*prepare)(const void* self, Range channels);
+  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
+  void (*finish)(const void* self, Range channels);
+  void (*map)(const void* self, Range outers, Range columns);
+};
+
+template <class Pass>
+Steps steps_of(const Pass& pass) {
+  return {&pass, pass.p.extent, pass.folding, pass.work.cut, kColumnBlock<typename Pass::Type>,
+          [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
+          [](const void* self, int64_t group, int64_t slice, Range columns) {
+            static_cast<const Pass*>(self)->reduce(group, slice, columns);
+          },
+          [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
+          [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
+}
+
+/// The last map over everything, tile by tile: some columns of some rows, so that what belongs to the columns stays in
+/// the nearest cache, or some planes of one outer.
+void run_map(const Steps& steps, const Executor& executor) {
+  constexpr int64_t kTile = 1 << 15, kRows = 32;
+  const Extent& e = steps.extent;
+  const bool rows = e.inner == 1;
+  const int64_t width = least(e.channels, rows ? steps.column_block : ceil_div(kTile, e.inner));
+  const int64_t across = ceil_div(e.channels, width);
+  const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
+  const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
+  parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t outer = tile / across * height, column = tile % across * width;
+      steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
+    }
+  });
+}
+
+/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read. The columns
+/// of a block are adjacent unless rows are folded; then there is one block.
+void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int64_t grain) {
+  const Extent& e = steps.extent;
+  const Folding& f = steps.folding;
+  const int64_t slices = steps.cut.slices;
+  parallel_for(executor, ceil_div(f.channels, block), grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const Range channels{i * block, least(f.channels, (i + 1) * block)};
+      const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
+      steps.prepare(steps.self, channels);
+      for (int64_t group = 0; group < e.groups; ++group)
+        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
+      steps.finish(steps.self, channels);
+      steps.map(steps.self, {0, e.outer}, columns);
+    }
+  });
+}
+
+/// Each step over everything, one after another.
+void run_steps(const Steps& steps, const Executor& executor) {
+  const Extent& e = steps.extent;
+  const int64_t slices = steps.cut.slices, parts = e.groups * slices;
+  const int64_t block = e.inner > 1 ? 1 : steps.column_block, blocks = ceil_div(e.channels, block);
+  const int64_t elements = e.outer * e.inner * least(block, e.channels) / parts;
+  const auto over_channels = [&](auto step) {
+    parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, parts),
+                 [&](int64_t first, int64_t last) { step(steps.self, {first, last}); });
+  };
+  over_channels(steps.prepare);
+  parallel_for(executor, parts * blocks, ceil_div(kSerialElements, elements + 1), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t part = i / blocks, begin = i % blocks * block;
+      steps.reduce(steps.self, part / slices, part % slices, {begin, least(e.channels, begin + block)});
+    }
+  });
+  over_channels(steps.finish);
+  run_map(steps, executor);
+}
+
+/// Chooses between the two: channels one by one where their planes are long runs of memory and there are enough of them
+/// for all threads. Rows are read whole, in order: parts of rows would be short runs, far apart.
+void run(const Steps& steps, const Executor& executor) {
+  const Extent& e = steps.extent;
+  const int64_t per_channel = e.outer * e.inner, columns = steps.folding.repeat * steps.folding.fold;
+  if (per_channel * e.channels <= kSerialElements && e.channels <= steps.column_block)
+    return run_blocks(steps, executor, e.channels / columns, 1);
+  if (e.inner > 1 && e.channels >= 2 * executor.threads)
+    return run_blocks(steps, executor, 1, ceil_div(kSerialElements, per_channel));
+  run_steps(steps, executor);
+}
