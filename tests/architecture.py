@@ -97,4 +97,6 @@ def _imports(tree: ast.AST) -> tuple[set[str], set[str]]:
 def weak_symbols(object_file: Path) -> list[str]:
     """Symbols of which the linker keeps one copy for all files, built for whichever instruction set came first."""
     lines = subprocess.run(["nm", "-C", object_file], check=True, capture_output=True, text=True).stdout.splitlines()
-    return [match[1] for line in lines if (match := re.match(r"[0-9a-f]+ [WVu] (.+)", line))]
+    symbols = [match[1] for line in lines if (match := re.match(r"[0-9a-f]+ [WVu] (.+)", line))]
+    # Not code but a pointer, the same in every file: to the function that unwinds the stack.
+    return [symbol for symbol in symbols if symbol != "DW.ref.__gxx_personality_v0"]
