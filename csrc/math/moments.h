@@ -25,11 +25,12 @@ BN_INLINE bool centred(T count, T s1, T s2) {
 }
 
 /// Joins disjoint samples (Chan, Golub, LeVeque 1979) to `count` earlier ones; `weight` is the share of the new ones in
-/// all. The mean is a weighted sum rather than mean + delta * weight, so that an infinite mean stays infinite.
+/// all. The mean is a weighted sum rather than mean + delta * weight, so that an infinite mean stays infinite; equal means
+/// stay as they are, so that a constant is found constant.
 BN_INLINE void join(double& mean, double& m2, double count, double new_mean, double new_m2, double weight) {
   const double delta = new_mean - mean;
   m2 += new_m2 + delta * delta * count * weight;
-  mean = mean * (1 - weight) + new_mean * weight;
+  mean = delta == 0 ? mean : mean * (1 - weight) + new_mean * weight;
 }
 
 /// Moments of the union of two disjoint sets of samples.
@@ -43,15 +44,19 @@ BN_INLINE Moments merge(Moments a, const Moments& b) {
 
 /// Moments of the union of `sets` disjoint sets of `count` samples each: means and squared deviations lie `step` apart.
 BN_INLINE Moments merge_equal(long sets, long step, double count, const double* mean, const double* m2) {
-  double sum_mean = 0, sum_m2 = 0, between = 0;
-  for (long i = 0; i < sets; ++i) sum_mean += mean[i * step];
-  const double total_mean = sets == 1 ? sum_mean : sum_mean / double(sets);
+  double apart = 0, sum_mean = 0, sum_m2 = 0, between = 0;
+  for (long i = 0; i < sets; ++i) {
+    apart += mean[i * step] - mean[0];
+    sum_mean += mean[i * step];
+  }
+  // NB: a difference of infinities is none.
+  const double total_mean = apart - apart == 0 ? mean[0] + apart / double(sets) : sum_mean / double(sets);
   for (long i = 0; i < sets; ++i) {
     const double delta = mean[i * step] - total_mean;
     sum_m2 += m2[i * step];
     between += delta * delta;
   }
-  return {count * double(sets), total_mean, sets == 1 ? sum_m2 : sum_m2 + count * between};
+  return {count * double(sets), total_mean, sum_m2 + count * between};
 }
 
 BN_INLINE double biased_variance(const Moments& m) { return m.m2 / m.count; }

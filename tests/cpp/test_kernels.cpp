@@ -319,7 +319,8 @@ void check_conversions(const Kernels& kernels) {
 
 /// A channel with a NaN, an infinity, huge values or a constant does what arithmetic says, and its neighbours nothing.
 void check_special(const Kernels& kernels) {
-  for (const Extent e : {Extent{40, 7, 1}, Extent{300, 37, 1}, Extent{5, 6, 50}, Extent{2, 6, 5000}}) {
+  for (const Extent e : {Extent{40, 7, 1}, Extent{300, 37, 1}, Extent{640, 6, 1}, Extent{48, 6, 3}, Extent{5, 6, 50},
+                         Extent{2, 6, 5000}}) {
     const Strides s = dense(e, 0);
     Buffer x(DType::f32, span(e, s)), y(DType::f32, span(e, s));
     for (int64_t i = 0; i < x.count; ++i) x.set(i, (i * 7919 % 1000) / 100.0);
