@@ -1,6 +1,7 @@
 """What all tests share: the devices, the tolerances, and a random state of their own."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -42,3 +43,9 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(20250211)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """Commands that a script starts in the background ignore interrupts, and so would the processes that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
