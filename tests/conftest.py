@@ -47,5 +47,5 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible() -> None:
-    """Commands that a script starts in the background ignore interrupts, and so would the processes that tests start."""
+    """A script has what it starts in the background ignore interrupts, and so would the processes that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -203,9 +203,11 @@ def test_forward_error_is_at_most_that_of_torch(shape, layout, mean):
 
         ours = error(batch_norm(x, None, None, training=True, fused=True))
         torchs = error(F.batch_norm(x, None, None, training=True))
-        # Torch's may by chance be below half a unit in the last place, the best that one rounding can promise.
+        # Torch's may by chance be below half a unit in the last place, the best that one rounding can promise. Without
+        # fused multiply-add ours rounds the product, the sum and what is added, each by as much, and torch's is that of
+        # the instruction set it chooses.
         half_unit = torch.finfo(torch.float32).eps / 2 * 2 ** (exact.abs().max().log2().floor().item())
-        assert ours <= max(torchs, 1.05 * half_unit if fused_multiply_add else 3 * half_unit)
+        assert ours <= max(torchs, 1.05 * half_unit if fused_multiply_add else 4 * half_unit)
 
 
 def test_statistics_keep_their_digits_far_from_zero():
