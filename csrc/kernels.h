@@ -96,7 +96,8 @@ struct BackwardParams {
 struct Executor {
   /// Calls body(context, first, last) on disjoint ranges that cover [0, count), each of `grain` or more.
   void (*parallel_for)(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
-  int threads;  // how many ranges can run at once: chooses the schedule, never the result
+  int threads;          // how many ranges can run at once; chooses the schedule, never the result
+  int64_t cache_bytes;  // of the last-level cache; an output too large for it is written past it
   void* stream;
 };
 

@@ -12,13 +12,13 @@ void with_dtype(DType dtype, const F& f) {
 }
 
 void forward(const ForwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p, executor)), executor); });
 }
 
 void backward(const BackwardParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run(steps_of(Backward<decltype(d)>(p)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run(steps_of(Backward<decltype(d)>(p, executor)), executor); });
 }
 
 void inference(const InferenceParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor); });
 }

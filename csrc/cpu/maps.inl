@@ -7,6 +7,24 @@ BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
 }
 
+/// Whether to write an output past the caches: it would push out of the last one what is needed sooner. Whole lines only,
+/// because a line written in two parts is slow, and one that other stores share is fetched again.
+template <class D>
+bool worth_streaming(const Extent& e, const void* out, const Strides& s, const Executor& executor) {
+  constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
+  if (sizeof(typename D::Stored) < kLine) return false;
+  const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
+  return (reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0 &&
+         e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / 4;
+}
+
+template <class D>
+BN_INLINE void put(typename D::Element* p, Vec<D> v, All, bool streamed) {
+  streamed ? stream<D>(p, v) : store<D>(p, v);
+}
+template <class D> BN_INLINE void put(typename D::Element* p, Vec<D> v, Last, bool) { store<D>(p, v); }
+template <class D> BN_INLINE void put(typename D::Element* p, Vec<D> v, int count, bool) { store<D>(p, v, count); }
+
 /// What the forward and the inference map have in common.
 struct NormalizeParams {
   const void* x;
@@ -16,6 +34,7 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
+  bool streamed;
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
@@ -48,7 +67,7 @@ struct Normalize {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
     }
-    store<D>(a.y + i, z, count);
+    put<D>(a.y + i, z, count, p.streamed);
   }
 };
 
@@ -57,6 +76,7 @@ template <class D, bool kPlain>
 struct NormalizeGradient {
   using Element = typename D::Element;
   const BackwardParams& p;
+  const bool streamed;
 
   struct Channel {
     Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
@@ -80,7 +100,7 @@ struct NormalizeGradient {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
     const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
-    if (kPlain || a.dx) store<D>(a.dx + i, dx, count);
+    if (kPlain || a.dx) put<D>(a.dx + i, dx, count, streamed);
     if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
   }
 };

@@ -101,8 +101,9 @@ P folded_map(P p, const Folding& f) {
 }
 
 template <class D, class P>
-void normalize(const P& p, const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
-  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
+void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
+               Range columns) {
+  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation, streamed};
   if (p.activation == Activation::none && !p.residual)
     map_elements<D>(Normalize<D, true>{n}, p.extent, coefficients, outers, columns);
   else
@@ -117,11 +118,13 @@ struct Forward {
   const Folding folding;
   const ForwardParams p;  // folded
   Workspace<typename D::Compute> work;
+  const bool streamed;
   double momentum;
 
-  Forward(const ForwardParams& params)
+  Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>), momentum(p.momentum) {
+        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, executor)), momentum(p.momentum) {
     const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
     if (p.cumulative) momentum = 1 / double(batches);
   }
@@ -138,7 +141,7 @@ struct Forward {
     }
   }
   void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
-  void map(Range outers, Range columns) const { normalize<D>(p, work.coefficients, outers, columns); }
+  void map(Range outers, Range columns) const { normalize<D>(p, streamed, work.coefficients, outers, columns); }
 };
 
 template <class D>
@@ -148,10 +151,12 @@ struct Backward {
   const Folding folding;
   const BackwardParams p;  // folded
   Workspace<typename D::Compute> work;
+  const bool streamed;
 
-  Backward(const BackwardParams& params)
+  Backward(const BackwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>) {}
+        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        streamed(worth_streaming<D>(p.extent, p.dx, p.dx_strides, executor)) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
     const Folding f = folding_of(p.extent, kColumnBlock<D>);
@@ -192,9 +197,9 @@ struct Backward {
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns) const {
     if (p.activation == Activation::none && p.dx && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, true>{p}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, true>{p, streamed}, p.extent, work.coefficients, outers, columns);
     else if (p.dx || p.dresidual)
-      map_elements<D>(NormalizeGradient<D, false>{p}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, false>{p, streamed}, p.extent, work.coefficients, outers, columns);
   }
 };
 
@@ -204,14 +209,16 @@ struct Inference {
   const Folding folding;
   const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
+  const bool streamed;
 
-  Inference(const InferenceParams& params)
+  Inference(const InferenceParams& params, const Executor& executor)
       : folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>) {
+        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, executor)) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
-  void map(Range outers, Range columns) const { normalize<D>(p, work.coefficients, outers, columns); }
+  void map(Range outers, Range columns) const { normalize<D>(p, streamed, work.coefficients, outers, columns); }
 };

@@ -41,6 +41,7 @@ void run_map(const Steps& steps, const Executor& executor) {
       const int64_t outer = tile / across * height, column = tile % across * width;
       steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }
+    end_streaming();
   });
 }
 
@@ -60,6 +61,7 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
       steps.finish(steps.self, channels);
       steps.map(steps.self, {0, e.outer}, columns);
     }
+    end_streaming();
   });
 }
 

@@ -109,6 +109,29 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
     if (i < count) p[i] = lanes[i];
 }
 
+/// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late: end_streaming()
+/// orders it before what follows.
+template <class D>
+BN_INLINE void stream(typename D::Element* p, Vec<D> v) {
+  typedef typename VectorOf<long long, sizeof(typename D::Stored)>::type Words;
+  const typename D::Stored stored = D::narrow(v);
+#if defined(__clang__)
+  __builtin_nontemporal_store(stored, reinterpret_cast<typename D::Stored*>(p));
+#elif defined(__x86_64__)
+  if constexpr (sizeof stored == 64) __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 32) __builtin_ia32_movntdq256(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 16) __builtin_ia32_movntdq(reinterpret_cast<Words*>(p), (Words)stored);
+  if constexpr (sizeof stored == 8) store<D>(p, v);
+#else
+  store<D>(p, v);
+#endif
+}
+BN_INLINE void end_streaming() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 /// v in the first `count` lanes, zero in the others.
 template <class D>
 BN_INLINE Vec<D> keep(Vec<D> v, int count) {

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+#include <unistd.h>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -13,12 +14,23 @@
 namespace torch_bn {
 namespace {
 
+int64_t last_level_cache() {
+  constexpr int64_t kTypical = 32 << 20;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return bytes > 0 ? bytes : kTypical;
+#else
+  return kTypical;
+#endif
+}
+
 Executor host_threads() {
   const auto parallel_for = [](int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     if (count <= grain) return body(context, 0, count);
     at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
   };
-  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), nullptr};
+  static const int64_t cache_bytes = last_level_cache();
+  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), cache_bytes, nullptr};
 }
 
 DType dtype_of(const at::Tensor& t) {
