@@ -5,7 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
-#include <unistd.h>
+
+#include <fstream>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -14,14 +15,11 @@
 namespace torch_bn {
 namespace {
 
+/// NB: not sysconf, which in a virtual machine may count the caches of a whole server.
 int64_t last_level_cache() {
-  constexpr int64_t kTypical = 32 << 20;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? bytes : kTypical;
-#else
-  return kTypical;
-#endif
+  int64_t kibibytes = 32 << 10;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kibibytes;
+  return kibibytes << 10;
 }
 
 Executor host_threads() {
