@@ -69,6 +69,7 @@ def measure(contenders: Sequence[Contender], seconds: float, least_rounds: int) 
                 break
             order.shuffle(lanes)
             for lane in lanes:
+                lane.sample(calls)
                 samples[lane.name].append(lane.sample(calls) / calls)
     finally:
         if collecting:

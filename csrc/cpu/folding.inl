@@ -9,11 +9,12 @@ struct Folding {
   int64_t channels, repeat, fold;
 };
 
-BN_INLINE Folding folding_of(const Extent& e, int64_t block) {
+BN_INLINE Folding folding_of(const Extent& e, int64_t element_bytes) {
   constexpr int64_t kTinyPlane = 16, kManyPlanes = 16, kManyRows = 64;
   if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
+  const int64_t wide = column_block(element_bytes) / (is_near(e, element_bytes) ? 4 : 1);
   int64_t fold = 1;
-  while (e.groups == 1 && e.channels * fold < block && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
+  while (e.groups == 1 && e.channels * fold < wide && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
     fold *= 2;
   return {e.channels, 1, fold};
 }
@@ -35,13 +36,14 @@ BN_INLINE Strides folded(const Folding& f, const Strides& s) {
 
 int64_t workspace_bytes(DType dtype, const Extent& e) {
   const bool wide = dtype == DType::f64, half = dtype == DType::bf16 || dtype == DType::f16;
-  const int64_t block = column_block(wide ? 8 : half ? 2 : 4), compute = wide ? sizeof(double) : sizeof(float);
+  const int64_t element = wide ? 8 : half ? 2 : 4, block = column_block(element);
+  const int64_t compute = wide ? sizeof(double) : sizeof(float);
   const auto bytes = [&](const Extent& walked) {
     const int64_t length = walked.groups * walked.channels;
     return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) +
            kCoefficientRows * (length * compute + kCacheSkew);
   };
-  return most(bytes(e), bytes(folded(e, folding_of(e, block))));
+  return most(bytes(e), bytes(folded(e, folding_of(e, element))));
 }
 
 /// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.

@@ -100,7 +100,9 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     UpstreamGradient<D, kPlain> row[kRowBlock];
-    for (int r = 0; r < n; ++r) row[r] = UpstreamGradient<D, kPlain>(p, outers[begin + r], c, 0);
+    order_rows<D>(p.extent, n, [&](int64_t i, int64_t r) {
+      row[i] = UpstreamGradient<D, kPlain>(p, outers[begin + r], c, 0);
+    });
     add_row_block<D, kPlain>(row, n, columns.last - c, {forwarded.center + c, forwarded.scale + c, forwarded.shift + c},
                              sum_dz + c, sum_dz_deviation + c);
   }

@@ -90,6 +90,11 @@ BN_INLINE int64_t group_of(const Extent& e, int64_t outer) {
   return e.groups == 1 ? 0 : outer / e.outer_per_example % e.groups;
 }
 
+/// Whether `count` outers from `first` on all belong to the group of the first.
+BN_INLINE bool in_one_group(const Extent& e, int64_t first, int64_t count) {
+  return e.groups == 1 || first / e.outer_per_example == (first + count - 1) / e.outer_per_example;
+}
+
 /// A number as a type.
 template <int kNumber>
 struct Number {
@@ -106,8 +111,7 @@ struct Partition {
 };
 
 constexpr int kRowGroup = 8;  // rows walked side by side, so that what belongs to the columns is read less often
-/// Columns of a row that are read at once: a page of memory, so that rows side by side lie in pages of their own, as
-/// the processor's prefetcher wants it, and what belongs to the columns stays in the nearest cache.
+/// Columns of a row that are read at once: a page of memory, so that what belongs to them stays in the nearest cache.
 constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
 template <class D>
 constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));
@@ -118,7 +122,13 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-constexpr int64_t kPlaneBlock = 1024, kRowBlock = 32, kRowSlice = 256, kPlaneSlice = 32768;
+constexpr int64_t kPlaneBlock = 1024, kRowBlock = 4 * kRowGroup, kRowSlice = 256, kPlaneSlice = 32768;
+
+/// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
+BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
+  constexpr int64_t kNear = 2 << 20;
+  return e.outer * e.channels * e.inner * element_bytes < kNear;
+}
 
 BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t outers = ceil_div(e.outer, e.groups);
@@ -129,6 +139,34 @@ BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t wanted = ceil_div(256, e.groups * e.channels);
   return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, ceil_div(e.inner, kPlaneBlock),
           most(1, kPlaneBlock / e.inner)};
+}
+
+/// The order in which rows are walked: `lanes` at a time, each lane along a page of its own, as the processor's prefetcher
+/// wants it. Rotated, the lanes are at different places of their pages: what lies at the same place of many pages meets in
+/// one set of the nearest cache, and drives out what was fetched ahead.
+struct RowOrder {
+  int64_t lanes, run;  // rows in a page: 1, 2 or 4
+  bool rotated;
+
+  BN_INLINE RowOrder of(int64_t lanes, const Extent& e, int64_t element_bytes) {
+    const int64_t bytes = e.channels * element_bytes;
+    return {lanes, bytes <= 1024 ? 4 : bytes <= 2048 ? 2 : 1, is_near(e, element_bytes)};
+  }
+  int64_t block() const { return lanes * run; }
+  /// The i-th row of the walk over one block.
+  int64_t operator()(int64_t i) const {
+    const int64_t lane = i % lanes, step = i / lanes;
+    return lane * run + (rotated ? (step + lane) % run : step);
+  }
+};
+
+/// The rows of a block of a reduction in the order of their walk: calls f(i, row).
+template <class D, class F>
+BN_INLINE void order_rows(const Extent& e, int64_t count, const F& f) {
+  const RowOrder order = RowOrder::of(kRowGroup, e, sizeof(typename D::Element));
+  const int64_t block = order.block(), whole = count - count % block;
+  for (int64_t i = 0; i < whole; ++i) f(i, i - i % block + order(i % block));
+  for (int64_t i = whole; i < count; ++i) f(i, i);
 }
 
 /// Units (parts of planes, or rows) [first, last) of one slice of one group.

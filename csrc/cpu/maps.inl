@@ -34,7 +34,6 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
-  bool streamed;
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
@@ -42,6 +41,7 @@ template <class D, bool kPlain>
 struct Normalize {
   using Element = typename D::Element;
   const NormalizeParams p;
+  const bool streamed;
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -67,7 +67,7 @@ struct Normalize {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
     }
-    put<D>(a.y + i, z, count, p.streamed);
+    put<D>(a.y + i, z, count, streamed);
   }
 };
 
@@ -152,18 +152,21 @@ template <class D, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
   constexpr int kRows = 4;
-  const int64_t width = columns.last - columns.first;
+  const RowOrder order = RowOrder::of(kRows, e, sizeof(typename D::Element));
+  const int64_t width = columns.last - columns.first, block = order.block();
+  const bool side_by_side = order.run > 1 || !order.rotated;
   for (int64_t outer = outers.first; outer < outers.last;) {
-    const int64_t group = group_of(e, outer), first = group * e.channels + columns.first;
-    typename Map::At at[kRows];
-    int rows = 0;
-    for (; rows < kRows && outer + rows < outers.last && group_of(e, outer + rows) == group; ++rows)
-      at[rows] = map.at(outer + rows, columns.first);
-    if (rows == kRows)
-      map_row_group<D, kRows>(map, at, width, coefficients, first);
-    else
-      for (int row = 0; row < rows; ++row) map_row_group<D, 1>(map, at + row, width, coefficients, first);
-    outer += rows;
+    const int64_t first = group_of(e, outer) * e.channels + columns.first;
+    if (side_by_side && outer + block <= outers.last && in_one_group(e, outer, block)) {
+      typename Map::At at[4 * kRows];
+      for (int64_t i = 0; i < block; ++i) at[i] = map.at(outer + order(i), columns.first);
+      for (int64_t i = 0; i < block; i += kRows) map_row_group<D, kRows>(map, at + i, width, coefficients, first);
+      outer += block;
+    } else {
+      const typename Map::At at = map.at(outer, columns.first);
+      map_row_group<D, 1>(map, &at, width, coefficients, first);
+      ++outer;
+    }
   }
 }
 

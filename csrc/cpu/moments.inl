@@ -141,7 +141,7 @@ void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, 
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
-    for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer;
+    order_rows<D>(p.extent, n, [&](int64_t i, int64_t r) { row[i] = x + outers[begin + r] * p.x_strides.outer; });
     join_row_block<D>(row, n, width, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }

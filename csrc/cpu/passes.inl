@@ -84,7 +84,7 @@ struct Part {
 
 template <class D, class P>
 Folding folding_of_map(const P& p) {
-  const Folding f = folding_of(p.extent, kColumnBlock<D>);
+  const Folding f = folding_of(p.extent, sizeof(typename D::Element));
   const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
                    foldable(p.extent, f, p.y, p.y_strides);
   return all ? f : Folding{p.extent.channels, 1, 1};
@@ -103,11 +103,11 @@ P folded_map(P p, const Folding& f) {
 template <class D, class P>
 void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns) {
-  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation, streamed};
+  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, true>{n}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, true>{n, streamed}, p.extent, coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, false>{n}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, false>{n, streamed}, p.extent, coefficients, outers, columns);
 }
 
 template <class D>
@@ -159,7 +159,7 @@ struct Backward {
         streamed(worth_streaming<D>(p.extent, p.dx, p.dx_strides, executor)) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
-    const Folding f = folding_of(p.extent, kColumnBlock<D>);
+    const Folding f = folding_of(p.extent, sizeof(typename D::Element));
     const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
                      foldable(p.extent, f, p.residual, p.residual_strides) &&
                      foldable(p.extent, f, p.dx, p.dx_strides) &&

@@ -37,7 +37,7 @@ void run_map(const Steps& steps, const Executor& executor) {
   const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
   parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t tile = last - 1; tile >= first; --tile) {
       const int64_t outer = tile / across * height, column = tile % across * width;
       steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }

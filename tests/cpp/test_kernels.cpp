@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -58,12 +59,17 @@ size_t size_of(DType d) { return d == DType::f64 ? 8 : d == DType::f32 ? 4 : 2; 
 const char* name_of(DType d) { return d == DType::f32 ? "f32" : d == DType::f64 ? "f64" : d == DType::bf16 ? "bf16" : "f16"; }
 double epsilon_of(DType d) { return d == DType::f64 ? 2e-15 : d == DType::f32 ? 1e-6 : d == DType::bf16 ? 8e-3 : 1e-3; }
 
-/// Memory of exactly n elements, with nothing behind it.
+struct Free {
+  void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+
+/// Memory of exactly n elements, with nothing behind it, aligned as torch's.
 struct Buffer {
   DType dtype;
   int64_t count;
-  std::unique_ptr<char[]> bytes;
-  Buffer(DType dtype, int64_t count) : dtype(dtype), count(count), bytes(new char[count * size_of(dtype)]) {
+  std::unique_ptr<char[], Free> bytes;
+  Buffer(DType dtype, int64_t count)
+      : dtype(dtype), count(count), bytes(new (std::align_val_t(64)) char[count * size_of(dtype)]) {
     std::memset(bytes.get(), 0xff, count * size_of(dtype));  // NaN
   }
   double get(int64_t i) const {
@@ -114,9 +120,10 @@ int64_t offset(const Extent&, const Strides& s, int64_t o, int64_t c, int64_t i)
 
 int64_t span(const Extent& e, const Strides& s) { return offset(e, s, e.outer - 1, e.channels - 1, e.inner - 1) + 1; }
 
-const Executor serial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }, 1, nullptr};
+/// With a cache too small for any output.
+const Executor serial{[](int64_t n, int64_t, void (*body)(void*, int64_t, int64_t), void* context) { body(context, 0, n); }, 1, 0, nullptr};
 
-/// Ranges of the least size the grain allows, on three threads, the last range first.
+/// Ranges of the least size the grain allows, on three threads, the last range first; with a cache that holds everything.
 const Executor threaded{[](int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
                           std::vector<std::thread> threads;
                           const int64_t step = std::max(grain, (n + 2) / 3);
@@ -124,7 +131,7 @@ const Executor threaded{[](int64_t n, int64_t grain, void (*body)(void*, int64_t
                             threads.emplace_back([=] { body(context, begin, std::min(n, begin + step)); });
                           for (auto& t : threads) t.join();
                         },
-                        3, nullptr};
+                        3, int64_t(1) << 60, nullptr};
 
 void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
   const Extent& e = c.extent;
@@ -186,7 +193,7 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
     // The moments are exact to the compute type relative to the deviation, however far the mean.
     const double fine = c.dtype == DType::f64 ? 1e-13 : 2e-6;
     worst_stats = std::max(worst_stats, double(std::fabs(mean[k] - m[k])) * scale / (fine + rounding));
-    worst_stats = std::max(worst_stats, std::fabs(invstd[k] / scale - 1) / fine / 2);
+    worst_stats = std::max(worst_stats, std::fabs(invstd[k] / scale - 1) / (fine + rounding) / 2);
   }
   check(worst_stats <= 1, describe(kernels, c, ("statistics, error over bound " + std::to_string(worst_stats)).c_str()));
   const auto z_at = [&](int64_t o, int64_t ch, int64_t i, int64_t k) {
@@ -211,10 +218,10 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
   }
   check(worst_running < 1e-5, describe(kernels, c, "running statistics"));
 
-  // The number of threads changes no bit.
+  // Neither the number of threads nor the size of the cache changes a bit.
   f.y = y2.bytes.get();
   kernels.forward(f, threaded);
-  check(!std::memcmp(y.bytes.get(), y2.bytes.get(), y.count * size_of(c.dtype)), describe(kernels, c, "threads change y"));
+  check(!std::memcmp(y.bytes.get(), y2.bytes.get(), y.count * size_of(c.dtype)), describe(kernels, c, "threads or the cache change y"));
 
   BackwardParams b{.dtype = c.dtype, .extent = e, .activation = c.activation, .training = true, .dy = dy.bytes.get(),
                    .dy_strides = dys, .x = x.bytes.get(), .x_strides = xs,
@@ -366,13 +373,15 @@ int main() {
     std::vector<Extent> extents = {
         {3, 5, 77}, {2, 3, 2}, {7, 1, 2}, {101, 17, 1}, {2, 1, 1}, {2, 3, 1025}, {1, 2, 5000}, {5, lanes + 1, lanes - 1},
         {33, 4 * lanes + 3, 1}, {300, 3 * lanes, 1}, {9, 300, 4}, {2, 600, 1}, {6, 3, 49, 1, 2}, {7, 5, 9, 1, 3},
-        {60, 19, 1, 10, 3}, {520, 5, 1, 1, 2}, {3, 2, 40000}, {1100, 2, 64}, {8, 2, 5000, 1, 4}, {1536, 3, 1, 48, 1}};
+        {60, 19, 1, 10, 3}, {520, 5, 1, 1, 2}, {3, 2, 40000}, {1100, 2, 64}, {8, 2, 5000, 1, 4}, {1536, 3, 1, 48, 1}, {70, 400, 1},
+        {45, 1100, 1}, {9000, 64, 1}};
     unsigned seed = 1;
     for (const Extent& e : extents)
       for (DType d : {DType::f32, DType::f64, DType::bf16, DType::f16})
         for (int variant = 0; variant < 4; ++variant) {
           const bool large = e.outer * e.channels * e.inner > 50000;
           if (large && variant % 2) continue;
+          if (e.outer * e.channels * e.inner > 300000 && d != DType::f32) continue;
           const double mean = variant == 0 ? 0 : variant == 1 ? 10 : d == DType::f32 || d == DType::f64 ? 1e4 : 3;
           run_case(k, {.dtype = d, .extent = e, .activation = variant % 2 ? Activation::relu : Activation::none,
                        .residual = variant >= 2, .affine = variant != 0, .padded = variant == 1 || variant == 2,
