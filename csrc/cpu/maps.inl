@@ -59,6 +59,7 @@ struct Normalize {
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
             place(static_cast<Element*>(p.y), p.y_strides, outer, channel)};
   }
+  void prefetch(const At& a, int64_t count) const { prefetch_next_channel<D>(a.y, p.y_strides.channel, count); }
   template <class Count>
   void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
@@ -95,6 +96,7 @@ struct NormalizeGradient {
             place(static_cast<Element*>(p.dx), p.dx_strides, outer, channel),
             place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel)};
   }
+  void prefetch(const At& a, int64_t count) const { prefetch_next_channel<D>(a.dx, p.dx_strides.channel, count); }
   template <class Count>
   void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
@@ -125,6 +127,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const auto at = map.at(outer, channel);
+      if (!map.streamed) map.prefetch(at, inner);
       each_register_overlapping<D>(inner, [=](int64_t i, auto count) { map(at, i, count, k); });
     }
   }

@@ -8,7 +8,7 @@ struct Steps {
   Extent extent;  // folded
   Folding folding;
   Partition cut;
-  int64_t column_block;
+  int64_t element_bytes, column_block;
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
   void (*finish)(const void* self, Range channels);
@@ -17,7 +17,8 @@ struct Steps {
 
 template <class Pass>
 Steps steps_of(const Pass& pass) {
-  return {&pass, pass.p.extent, pass.folding, pass.work.cut, kColumnBlock<typename Pass::Type>,
+  return {&pass, pass.p.extent, pass.folding, pass.work.cut, sizeof(typename Pass::Type::Element),
+          kColumnBlock<typename Pass::Type>,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);
@@ -86,14 +87,24 @@ void run_steps(const Steps& steps, const Executor& executor) {
   run_map(steps, executor);
 }
 
-/// Chooses between the two: channels one by one where their planes are long runs of memory and there are enough of them
+/// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
+/// until they are mapped.
+int64_t channels_at_once(const Extent& e, int64_t element_bytes, int threads) {
+  constexpr int64_t kMost = 8, kCacheBytes = 1 << 19;
+  const int64_t fitting = kCacheBytes / (e.outer * e.inner * element_bytes), shared = e.channels / (2 * threads);
+  return most(1, least(kMost, least(fitting, shared)));
+}
+
+/// Chooses between the two: blocks of channels where their planes are long runs of memory and there are enough of them
 /// for all threads. Rows are read whole, in order: parts of rows would be short runs, far apart.
 void run(const Steps& steps, const Executor& executor) {
   const Extent& e = steps.extent;
   const int64_t per_channel = e.outer * e.inner, columns = steps.folding.repeat * steps.folding.fold;
   if (per_channel * e.channels <= kSerialElements && e.channels <= steps.column_block)
     return run_blocks(steps, executor, e.channels / columns, 1);
-  if (e.inner > 1 && e.channels >= 2 * executor.threads)
-    return run_blocks(steps, executor, 1, ceil_div(kSerialElements, per_channel));
+  if (e.inner > 1 && e.channels >= 2 * executor.threads) {
+    const int64_t block = channels_at_once(e, steps.element_bytes, executor.threads);
+    return run_blocks(steps, executor, block, ceil_div(kSerialElements, per_channel * block));
+  }
   run_steps(steps, executor);
 }

@@ -10,6 +10,31 @@ typedef VectorOf<uint32_t, BN_VECTOR_BYTES>::type Bits;
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES / 2>::type HalfBits;
 typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
 
+/// The high halves of 32-bit lanes, and 32-bit lanes of high halves over zeros: one shuffle, where compilers make several
+/// of conversions and shifts. SSE2 has no such shuffle.
+#if BN_VECTOR_BYTES > 16
+typedef VectorOf<uint16_t, BN_VECTOR_BYTES>::type BothHalves;
+
+template <int... kIndex>
+BN_INLINE HalfBits high_halves(BothHalves v, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(v, v, (2 * kIndex + 1)...);
+}
+template <int... kIndex>
+BN_INLINE BothHalves as_high_halves(HalfBits h, std::integer_sequence<int, kIndex...>) {
+  constexpr int kZero = sizeof...(kIndex) / 2;
+  return __builtin_shufflevector(h, HalfBits{}, (kIndex % 2 ? kIndex / 2 : kZero)...);
+}
+BN_INLINE HalfBits high_halves(Bits v) {
+  return high_halves((BothHalves)v, std::make_integer_sequence<int, BN_VECTOR_BYTES / 4>{});
+}
+BN_INLINE Bits as_high_halves(HalfBits h) {
+  return (Bits)as_high_halves(h, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
+}
+#else
+BN_INLINE HalfBits high_halves(Bits v) { return __builtin_convertvector(v >> 16, HalfBits); }
+BN_INLINE Bits as_high_halves(HalfBits h) { return __builtin_convertvector(h, Bits) << 16; }
+#endif
+
 /// How elements are stored, and the type that all arithmetic on them uses. kWithRest: coefficients of that type are not
 /// fine enough for results of it (float64 has no finer type to find the rest in).
 struct F32 {
@@ -35,11 +60,11 @@ struct BF16 {
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
-  BN_INLINE Floats widen(HalfBits h) { return (Floats)(__builtin_convertvector(h, Bits) << 16); }
+  BN_INLINE Floats widen(HalfBits h) { return (Floats)as_high_halves(h); }
   /// Rounds to nearest even; NaN stays NaN.
   BN_INLINE HalfBits narrow(Floats v) {
     const Bits bits = (Bits)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, HalfBits);
+    return high_halves(v == v ? rounded : bits | 0x400000);
   }
 };
 
