@@ -122,7 +122,7 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-constexpr int64_t kPlaneBlock = 1024, kRowBlock = 4 * kRowGroup, kRowSlice = 256, kPlaneSlice = 32768;
+constexpr int64_t kPlaneBlock = 1024, kRowBlock = 4 * kRowGroup, kRowSlice = 128, kPlaneSlice = 32768;
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
@@ -130,11 +130,18 @@ BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
   return e.outer * e.channels * e.inner * element_bytes < kNear;
 }
 
+/// The largest that is at most n, or 1: slices that any usual number of threads shares evenly.
+BN_INLINE int64_t power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
+}
+
 BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t outers = ceil_div(e.outer, e.groups);
   if (e.inner == 1) {
     const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, block));
-    return {most(1, least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
+    return {power_of_two(least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
   }
   const int64_t wanted = ceil_div(256, e.groups * e.channels);
   return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, ceil_div(e.inner, kPlaneBlock),

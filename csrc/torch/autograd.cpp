@@ -170,9 +170,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const double eps = values[1].toDouble();
     const int64_t axis = values[2].toInt();
     const bool needs_input_grad = ctx->needs_input_grad(0);
-    const auto [dx, dweight, dbias] =
-        backward_op().call(grads[0], saved[0], optional(weight), saved[2], saved[3], training, eps, axis,
-                           needs_input_grad);
+    const auto [dx, dweight, dbias] = torch_bn::backward(grads[0], saved[0], optional(weight), saved[2], saved[3],
+                                                         training, eps, axis, needs_input_grad);
     variable_list result(10);
     if (needs_input_grad) result[0] = dx;
     if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());

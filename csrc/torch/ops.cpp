@@ -53,11 +53,16 @@ class Workspace {
   at::Tensor large_;
 };
 
+/// NB: Tensor::to() goes through the dispatcher even when there is nothing to do.
+at::Tensor as_type(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 /// A per-channel argument in the type that the kernels take: the tensor itself, or a copy.
 class Parameter {
  public:
   Parameter(const OptionalTensor& tensor, at::ScalarType type) {
-    if (tensor) values_ = tensor->to(type).contiguous();
+    if (tensor) values_ = as_type(*tensor, type).contiguous();
   }
   const void* data() const { return values_.defined() ? values_.const_data_ptr() : nullptr; }
 
@@ -71,7 +76,7 @@ class Buffer {
   Buffer(const OptionalTensor& tensor, at::ScalarType type) {
     if (!tensor) return;
     buffer_ = *tensor;
-    values_ = buffer_.to(type).contiguous();
+    values_ = as_type(buffer_, type).contiguous();
   }
   void* data() { return values_.defined() ? values_.mutable_data_ptr() : nullptr; }
   void write_back() {
@@ -176,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   if (input.numel() == 0)
     return {grad_input, at::zeros({extent.channels}, parameters), at::zeros({extent.channels}, parameters)};
   at::Tensor grad_weight = at::empty({extent.channels}, parameters), grad_bias = at::empty({extent.channels}, parameters);
-  at::Tensor x = input, dy = grad_output.to(input.scalar_type());
+  at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
   const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
   const Parameter gamma(weight, parameter_type(input)), batch_mean(mean, at::kDouble), batch_invstd(invstd, at::kDouble);
   const Kernels& kernels = cpu::selected();
