@@ -192,7 +192,6 @@ def test_only_the_gradients_that_are_needed(needs, tolerances):
     "shape", [(16, 3, 32, 32), (8, 16, 14, 14), (32, 24, 7, 7), (64, 32), (128, 8, 5), (4, 5, 3, 9, 11)]
 )
 def test_forward_error_is_at_most_that_of_torch(shape, layout, mean):
-    fused_multiply_add = torch_bn._operators._extension.cpu_table() != "baseline"
     for seed in range(4):
         torch.manual_seed(seed)
         x = LAYOUTS[layout]((torch.randn(shape, dtype=torch.float64) + mean).float())
@@ -203,11 +202,9 @@ def test_forward_error_is_at_most_that_of_torch(shape, layout, mean):
 
         ours = error(batch_norm(x, None, None, training=True, fused=True))
         torchs = error(F.batch_norm(x, None, None, training=True))
-        # Torch's may by chance be below half a unit in the last place, the best that one rounding can promise. Without
-        # fused multiply-add ours rounds the product, the sum and what is added, each by as much, and torch's is that of
-        # the instruction set it chooses.
+        # Torch's may by chance be below half a unit in the last place, the best that one rounding can promise.
         half_unit = torch.finfo(torch.float32).eps / 2 * 2 ** (exact.abs().max().log2().floor().item())
-        assert ours <= max(torchs, 1.05 * half_unit if fused_multiply_add else 4 * half_unit)
+        assert ours <= max(torchs, 1.05 * half_unit)
 
 
 def test_statistics_keep_their_digits_far_from_zero():

@@ -3,6 +3,7 @@
 #include "target.h"
 
 #define BN_VECTOR_BYTES 32
+#define BN_FUSED_MULTIPLY_ADD 1
 BN_TARGET_BEGIN("avx2,fma,f16c")
 namespace torch_bn::cpu {
 namespace {

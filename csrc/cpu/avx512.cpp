@@ -3,6 +3,7 @@
 #include "target.h"
 
 #define BN_VECTOR_BYTES 64
+#define BN_FUSED_MULTIPLY_ADD 1
 BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace torch_bn::cpu {
 namespace {

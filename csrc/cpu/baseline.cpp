@@ -2,6 +2,11 @@
 #include "includes.h"
 
 #define BN_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define BN_FUSED_MULTIPLY_ADD 1
+#else
+#define BN_FUSED_MULTIPLY_ADD 0
+#endif
 namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"

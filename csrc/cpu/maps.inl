@@ -63,7 +63,11 @@ struct Normalize {
   template <class Count>
   void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
-    Vec<D> z = deviation * k.scale + (D::kWithRest ? deviation * k.scale_rest + k.shift : k.shift);
+    Vec<D> z;
+    if constexpr (D::kWithRest)
+      z = multiply_add<D>(deviation, k.scale, multiply_add<D>(deviation, k.scale_rest, k.shift));
+    else
+      z = deviation * k.scale + k.shift;
     if constexpr (!kPlain) {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);

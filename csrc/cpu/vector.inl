@@ -1,5 +1,6 @@
 // Registers of one instruction set, and how each dtype is read into and written from them.
-// Included inside a target region and an anonymous namespace; BN_VECTOR_BYTES is the width of the registers.
+// Included inside a target region and an anonymous namespace; BN_VECTOR_BYTES is the width of the registers,
+// BN_FUSED_MULTIPLY_ADD whether a * b + c is one operation.
 
 template <typename T, int kBytes>
 struct VectorOf {
@@ -102,6 +103,18 @@ constexpr int kLanes = BN_VECTOR_BYTES / sizeof(typename D::Compute);
 template <class D>
 BN_INLINE Vec<D> splat(typename D::Compute value) {
   return Vec<D>{} + value;
+}
+
+/// a * b + c, rounded once: the product of two floats is exact in double.
+template <class D>
+BN_INLINE Vec<D> multiply_add(Vec<D> a, Vec<D> b, Vec<D> c) {
+#if BN_FUSED_MULTIPLY_ADD
+  return a * b + c;
+#else
+  typedef typename VectorOf<double, kLanes<D> * sizeof(double)>::type Doubles;
+  const auto wide = [](Vec<D> v) { return __builtin_convertvector(v, Doubles); };
+  return __builtin_convertvector(wide(a) * wide(b) + wide(c), Vec<D>);
+#endif
 }
 
 /// A whole register from memory of any alignment.
