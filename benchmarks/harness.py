@@ -1,4 +1,4 @@
-"""Times contenders side by side: one process, rounds in which each runs once, in an order drawn anew for each round.
+"""Times contenders side by side: one process, rounds in an order drawn anew, in which each runs behind itself.
 
 A contender owns several sets of tensors and takes them in turn, and what it made from a set stays alive until that set
 is used again, as activations do in training. With enough sets, a tensor has left the cache when its turn comes.
@@ -69,7 +69,7 @@ def measure(contenders: Sequence[Contender], seconds: float, least_rounds: int) 
                 break
             order.shuffle(lanes)
             for lane in lanes:
-                lane.sample(calls)
+                lane.sample(calls)  # the cache is left as this contender leaves it, not another
                 samples[lane.name].append(lane.sample(calls) / calls)
     finally:
         if collecting:
