@@ -39,9 +39,10 @@ class Quantiles:
     rounds: int
 
 
-def rotation(tensor_bytes: int, contenders: int, cache_bytes: int) -> int:
-    """How many sets each contender needs so that tensors of the size of a cache pass by before a set is used again."""
-    return -(-cache_bytes // (tensor_bytes * contenders))
+def rotation(tensor_bytes: int, cache_bytes: int) -> int:
+    """How many sets a contender needs so that tensors of its own of the size of a cache pass by before one set is used
+    again: behind itself it finds nothing there."""
+    return 1 + -(-cache_bytes // tensor_bytes)
 
 
 def measure(contenders: Sequence[Contender], seconds: float, least_rounds: int) -> dict[str, Quantiles]:

@@ -48,7 +48,7 @@ def _measure_case(
     names = [*layers, *[COPY] * copy]
     if not names:
         return
-    depth = 1 if case.warm else rotation(case.tensor_bytes, len(names), last_level_cache())
+    depth = 1 if case.warm else rotation(case.tensor_bytes, last_level_cache())
     sets = {name: [tensors.clone() for _ in range(depth)] for name in names}
     for index, direction in enumerate(DIRECTIONS):
         contenders = [layer.contender(name, direction, sets[name]) for name, layer in layers.items()]
