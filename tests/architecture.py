@@ -11,7 +11,7 @@ from pathlib import Path
 MAY_INCLUDE = {
     ".": r"<cstdint>",
     "math": r"math/\w+\.h|<math\.h>",
-    "cpu": r"kernels\.h|math/\w+\.h|cpu/\w+\.(h|inl)|<(atomic|cstdint|cstdlib|cstring|utility|immintrin\.h|arm_neon\.h)>",
+    "cpu": r"kernels\.h|math/\w+\.h|cpu/\w+\.(h|inl)|<(atomic|cstdint|cstdlib|cstring|utility)>",
     "cuda": r"kernels\.h|math/\w+\.h|cuda/\w+\.cuh?|<(cuda\w*|cooperative_groups)\.h>",
     "torch": r"kernels\.h|torch/\w+\.h|<[a-z_]+>|<(torch|ATen|c10|pybind11)/.+>",
     "torch/cuda": r"kernels\.h|torch/(cuda/)?\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>",
