@@ -9,6 +9,7 @@ struct Steps {
   Folding folding;
   Partition cut;
   int64_t element_bytes, column_block;
+  bool streamed;
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
   void (*finish)(const void* self, Range channels);
@@ -18,7 +19,7 @@ struct Steps {
 template <class Pass>
 Steps steps_of(const Pass& pass) {
   return {&pass, pass.p.extent, pass.folding, pass.work.cut, sizeof(typename Pass::Type::Element),
-          kColumnBlock<typename Pass::Type>,
+          kColumnBlock<typename Pass::Type>, pass.streamed,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);
@@ -28,7 +29,8 @@ Steps steps_of(const Pass& pass) {
 }
 
 /// The last map over everything, tile by tile: some columns of some rows, so that what belongs to the columns stays in
-/// the nearest cache, or some planes of one outer.
+/// the nearest cache, or some planes of one outer. A tensor that overflows the last-level cache is walked from its end,
+/// which the reduction has left there.
 void run_map(const Steps& steps, const Executor& executor) {
   constexpr int64_t kTile = 1 << 15, kRows = 32;
   const Extent& e = steps.extent;
@@ -38,7 +40,8 @@ void run_map(const Steps& steps, const Executor& executor) {
   const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
   parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
-    for (int64_t tile = last - 1; tile >= first; --tile) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t tile = steps.streamed ? first + last - 1 - i : i;
       const int64_t outer = tile / across * height, column = tile % across * width;
       steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }

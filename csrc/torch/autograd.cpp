@@ -136,25 +136,33 @@ Three backward(const Tensor& grad_output, const Tensor& input, const OptionalTen
   return backward_op().call(grad_output, input, weight, mean, invstd, training, eps, axis, needs_input_grad);
 }
 
+/// The arguments that have no derivative. As one, they cost autograd one.
+struct Constants {
+  const OptionalTensor &running_mean, &running_var, &num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  int64_t axis;
+};
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked, bool training,
-                        std::optional<double> momentum, double eps, int64_t axis) {
+                        const OptionalTensor& bias, const Constants& call) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor output, mean, invstd;
-    if (training) {
-      std::tie(output, mean, invstd) = forward_op().call(input, weight, bias, running_mean, running_var,
-                                                         num_batches_tracked, momentum, eps, axis);
+    if (call.training) {
+      std::tie(output, mean, invstd) =
+          forward_op().call(input, weight, bias, call.running_mean, call.running_var, call.num_batches_tracked,
+                            call.momentum, call.eps, call.axis);
     } else {
       // The buffers may change before backward (another forward, a broadcast by DDP): it gets copies.
-      output = inference_op().call(input, weight, bias, running_mean, running_var, eps, axis);
-      mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
-      invstd = at::rsqrt(running_var->to(at::kDouble) + eps);
+      output = inference_op().call(input, weight, bias, call.running_mean, call.running_var, call.eps, call.axis);
+      mean = call.running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+      invstd = at::rsqrt(call.running_var->to(at::kDouble) + call.eps);
     }
     ctx->save_for_backward({input, plain(weight), mean, invstd});
-    ctx->saved_data["call"] = c10::ivalue::Tuple::create(training, eps, axis, bias.has_value());
+    ctx->saved_data["call"] = c10::ivalue::Tuple::create(call.training, call.eps, call.axis, bias.has_value());
     const auto usual = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (bias && (bias->dim() != 1 || bias->scalar_type() != usual))
       ctx->saved_data["bias"] = c10::ivalue::Tuple::create(bias->scalar_type(), bias->sizes().vec());
@@ -172,13 +180,12 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool needs_input_grad = ctx->needs_input_grad(0);
     const auto [dx, dweight, dbias] = torch_bn::backward(grads[0], saved[0], optional(weight), saved[2], saved[3],
                                                          training, eps, axis, needs_input_grad);
-    variable_list result(10);
+    variable_list result(4);
     if (needs_input_grad) result[0] = dx;
     if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());
     if (has_bias) result[2] = dbias;
-    const auto bias = ctx->saved_data.find("bias");
-    if (bias != ctx->saved_data.end()) {
-      const auto kind = bias->second.toTuple();
+    if (ctx->saved_data.size() > 1) {
+      const auto kind = ctx->saved_data["bias"].toTuple();
       result[2] = like(dbias, kind->elements()[0].toScalarType(), kind->elements()[1].toIntVector());
     }
     return result;
@@ -207,8 +214,9 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
                   int64_t axis) {
   if (at::GradMode::is_enabled() && (input.requires_grad() || needs_grad(weight) || needs_grad(bias)))
-    return BatchNorm::apply(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum,
-                            eps, axis);
+    return BatchNorm::apply(
+        input, weight, bias,
+        Constants{running_mean, running_var, num_batches_tracked, training, momentum, eps, axis});
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return without_gradient(input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                           axis);
