@@ -122,7 +122,8 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024, kRowBlock = 4 * kRowGroup, kRowSlice = 128, kPlaneSlice = 32768;
+constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
+constexpr int64_t kRowBlock = 4 * kRowGroup, kRowSlice = 128, kPlaneSlice = 32768;
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
@@ -148,9 +149,9 @@ BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
           most(1, kPlaneBlock / e.inner)};
 }
 
-/// The order in which rows are walked: `lanes` at a time, each lane along a page of its own, as the processor's prefetcher
-/// wants it. Rotated, the lanes are at different places of their pages: what lies at the same place of many pages meets in
-/// one set of the nearest cache, and drives out what was fetched ahead.
+/// The order in which rows are walked: `lanes` at a time, each lane along a page of its own, as the processor's
+/// prefetcher wants it. Rotated, the lanes are at different places of their pages: what lies at the same place of many
+/// pages meets in one set of the nearest cache, and drives out what was fetched ahead.
 struct RowOrder {
   int64_t lanes, run;  // rows in a page: 1, 2 or 4
   bool rotated;

@@ -7,8 +7,8 @@ BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
 }
 
-/// Whether to write an output past the caches: it would push out of the last one what is needed sooner. Whole lines only,
-/// because a line written in two parts is slow, and one that other stores share is fetched again.
+/// Whether to write an output past the caches: it would push out of the last one what is needed sooner. Whole lines
+/// only, because a line written in two parts is slow, and one that other stores share is fetched again.
 template <class D>
 bool worth_streaming(const Extent& e, const void* out, const Strides& s, const Executor& executor) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;

@@ -11,8 +11,8 @@ typedef VectorOf<uint32_t, BN_VECTOR_BYTES>::type Bits;
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES / 2>::type HalfBits;
 typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
 
-/// The high halves of 32-bit lanes, and 32-bit lanes of high halves over zeros: one shuffle, where compilers make several
-/// of conversions and shifts. SSE2 has no such shuffle.
+/// The high halves of 32-bit lanes, and 32-bit lanes of high halves over zeros: one shuffle, where compilers make
+/// several of conversions and shifts. SSE2 has no such shuffle.
 #if BN_VECTOR_BYTES > 16
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES>::type BothHalves;
 
@@ -147,8 +147,8 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
     if (i < count) p[i] = lanes[i];
 }
 
-/// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late: end_streaming()
-/// orders it before what follows.
+/// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late:
+/// end_streaming() orders it before what follows.
 template <class D>
 BN_INLINE void stream(typename D::Element* p, Vec<D> v) {
   typedef typename VectorOf<long long, sizeof(typename D::Stored)>::type Words;
