@@ -19,6 +19,14 @@ BN_INLINE Folding folding_of(const Extent& e, int64_t element_bytes) {
   return {e.channels, 1, fold};
 }
 
+/// How the last map folds what the reduction has folded so: its coefficients, several for each column where the
+/// reduction keeps two sums, should take a small part of the nearest cache. They are the first of the wider rows'.
+BN_INLINE Folding narrowed(Folding f) {
+  constexpr int64_t kWide = 256;
+  while (f.fold > 1 && f.channels * f.fold > kWide) f.fold /= 2;
+  return f;
+}
+
 /// The extent of the rows, where there is folding.
 BN_INLINE Extent folded(const Extent& e, const Folding& f) {
   if (f.repeat * f.fold == 1) return e;

@@ -20,5 +20,5 @@ void backward(const BackwardParams& p, const Executor& executor) {
 }
 
 void inference(const InferenceParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor); });
+  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor, false); });
 }

@@ -39,11 +39,10 @@ BN_INLINE void each_register(int64_t n, const F& f) {
   if (i < n) f(i, int(n - i));
 }
 
-/// The same where the rest may reach back over elements already seen, which is quicker than a part of a register:
-/// f gives the same result for them again, or keeps them out of its sums.
+/// The same from i on, where the rest may reach back over elements already seen, which is quicker than a part of a
+/// register: f gives the same result for them again, or keeps them out of its sums.
 template <class D, class F>
-BN_INLINE void each_register_overlapping(int64_t n, const F& f) {
-  int64_t i = 0;
+BN_INLINE void each_register_overlapping(int64_t i, int64_t n, const F& f) {
   for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
   if (i == n) return;
   n < kLanes<D> ? f(i, int(n - i)) : f(n - kLanes<D>, Last{int(n - i)});
@@ -73,13 +72,26 @@ struct Sums {
   double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
 };
 
+/// How many outers each group has.
+class GroupSizes {
+ public:
+  explicit GroupSizes(const Extent& e) : per_example_(e.outer_per_example) {
+    const int64_t examples = e.outer / per_example_;
+    least_ = examples / e.groups;
+    larger_ = examples % e.groups;
+  }
+  int64_t operator[](int64_t group) const { return (least_ + (group < larger_)) * per_example_; }
+
+ private:
+  int64_t per_example_, least_, larger_;  // the first `larger_` groups have one example more
+};
+
 /// The outer indices of one group, numbered from 0.
 struct GroupOuters {
   int64_t count, group, groups, per_example;
 
   BN_INLINE GroupOuters of(const Extent& e, int64_t group) {
-    const int64_t examples = e.outer / e.outer_per_example;
-    return {ceil_div(examples - group, e.groups) * e.outer_per_example, group, e.groups, e.outer_per_example};
+    return {GroupSizes(e)[group], group, e.groups, e.outer_per_example};
   }
   int64_t operator[](int64_t j) const {
     return groups == 1 ? j : (j / per_example * groups + group) * per_example + j % per_example;
@@ -90,9 +102,9 @@ BN_INLINE int64_t group_of(const Extent& e, int64_t outer) {
   return e.groups == 1 ? 0 : outer / e.outer_per_example % e.groups;
 }
 
-/// Whether `count` outers from `first` on all belong to the group of the first.
-BN_INLINE bool in_one_group(const Extent& e, int64_t first, int64_t count) {
-  return e.groups == 1 || first / e.outer_per_example == (first + count - 1) / e.outer_per_example;
+/// How many outers from `outer` on surely belong to its group.
+BN_INLINE int64_t rest_of_group(const Extent& e, int64_t outer) {
+  return e.groups == 1 ? e.outer - outer : e.outer_per_example - outer % e.outer_per_example;
 }
 
 /// A number as a type.

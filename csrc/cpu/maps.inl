@@ -1,29 +1,32 @@
 // The two maps over the elements: x to y, and (dy, x) to dx. Each is written for one register; the walk over planes,
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
 // kPlain: only x to y, or (dy, x) to dx; else there may be an activation, a residual, or a gradient to leave out.
+// kStreamed: the output goes past the caches. A template argument, as a branch in the innermost loop costs a tenth.
 
 template <class Element>
 BN_INLINE Element* place(Element* data, const Strides& s, int64_t outer, int64_t channel) {
   return data ? data + outer * s.outer + channel * s.channel : nullptr;
 }
+template <class Element>
+BN_INLINE void advance(Element*& place, const Strides& s) {
+  if (place) place += s.outer;
+}
 
-/// Whether to write an output past the caches: it would push out of the last one what is needed sooner. Whole lines
-/// only, because a line written in two parts is slow, and one that other stores share is fetched again.
+/// Registers of a whole line: one written in two parts is slow.
+constexpr bool kCanStream = BN_VECTOR_BYTES == 64;
+
+/// Whether to write an output past the caches: it would push out of the last one what is needed sooner, and each of its
+/// lines would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
+/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. Whole lines only, because
+/// one that other stores share is fetched all the same.
 template <class D>
-bool worth_streaming(const Extent& e, const void* out, const Strides& s, const Executor& executor) {
+bool worth_streaming(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
-  if (sizeof(typename D::Stored) < kLine) return false;
+  if (!kCanStream) return false;
   const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
   return (reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0 &&
-         e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / 4;
+         e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
 }
-
-template <class D>
-BN_INLINE void put(typename D::Element* p, Vec<D> v, All, bool streamed) {
-  streamed ? stream<D>(p, v) : store<D>(p, v);
-}
-template <class D> BN_INLINE void put(typename D::Element* p, Vec<D> v, Last, bool) { store<D>(p, v); }
-template <class D> BN_INLINE void put(typename D::Element* p, Vec<D> v, int count, bool) { store<D>(p, v, count); }
 
 /// What the forward and the inference map have in common.
 struct NormalizeParams {
@@ -39,9 +42,9 @@ struct NormalizeParams {
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
 template <class D, bool kPlain>
 struct Normalize {
+  static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
-  const bool streamed;
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -52,16 +55,21 @@ struct Normalize {
   };
   struct At {
     const Element *x, *residual;
-    Element* y;
+    Element* out;
   };
   At at(int64_t outer, int64_t channel) const {
     return {place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
             place(static_cast<Element*>(p.y), p.y_strides, outer, channel)};
   }
-  void prefetch(const At& a, int64_t count) const { prefetch_next_channel<D>(a.y, p.y_strides.channel, count); }
+  int64_t channel_stride() const { return p.y_strides.channel; }
+  void next(At& a) const {
+    advance(a.x, p.x_strides);
+    advance(a.residual, p.residual_strides);
+    advance(a.out, p.y_strides);
+  }
   template <class Count>
-  void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
     Vec<D> z;
     if constexpr (D::kWithRest)
@@ -72,16 +80,16 @@ struct Normalize {
       if (a.residual) z += load<D>(a.residual + i, count);
       if (p.activation == Activation::relu) z = relu(z);
     }
-    put<D>(a.y + i, z, count, streamed);
+    return z;
   }
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
 template <class D, bool kPlain>
 struct NormalizeGradient {
+  static constexpr bool kMayLackOutput = !kPlain;
   using Element = typename D::Element;
   const BackwardParams& p;
-  const bool streamed;
 
   struct Channel {
     Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
@@ -93,21 +101,27 @@ struct NormalizeGradient {
   };
   struct At {
     UpstreamGradient<D, kPlain> from;
-    Element *dx, *dresidual;
+    Element *out, *dresidual;
   };
   At at(int64_t outer, int64_t channel) const {
     return {UpstreamGradient<D, kPlain>(p, outer, channel, 0),
             place(static_cast<Element*>(p.dx), p.dx_strides, outer, channel),
             place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel)};
   }
-  void prefetch(const At& a, int64_t count) const { prefetch_next_channel<D>(a.dx, p.dx_strides.channel, count); }
+  int64_t channel_stride() const { return p.dx_strides.channel; }
+  void next(At& a) const {
+    advance(a.from.x, p.x_strides);
+    advance(a.from.dy, p.dy_strides);
+    advance(a.from.residual, p.residual_strides);
+    advance(a.out, p.dx_strides);
+    advance(a.dresidual, p.dresidual_strides);
+  }
   template <class Count>
-  void operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
-    const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
-    if (kPlain || a.dx) put<D>(a.dx + i, dx, count, streamed);
     if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
+    return dz * k.slope + (deviation * k.bend + k.shift);
   }
 };
 
@@ -120,8 +134,45 @@ struct Coefficients {
   static int64_t apart(int64_t length) { return length + kCacheSkew / int64_t(sizeof(T)); }
 };
 
+/// Writes what one step of a walk makes: as many registers of results as fill one of elements.
+template <class D, bool kStreamed, class Map>
+BN_INLINE void put(const typename Map::At& at, int64_t i, Whole<D> elements) {
+  if (Map::kMayLackOutput && !at.out) return;
+  if constexpr (kStreamed)
+    stream<D>(at.out + i, elements);
+  else
+    __builtin_memcpy(at.out + i, &elements, sizeof elements);
+}
+
+/// Applies a map to n adjacent elements at kRows places side by side; channel_at(i, count) gives the coefficients of a
+/// register.
+/// NB: what is passed by reference must be the caller's own copy, so that no store can be taken to change it.
+template <class D, int kRows, bool kStreamed, class Map, class ChannelAt>
+BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int64_t n, const ChannelAt& channel_at) {
+  constexpr int64_t L = kLanes<D>, kStep = kNarrowing<D> * L;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const auto &k = channel_at(i, All{}), &next = channel_at(i + kStep - L, All{});
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const auto low = D::narrow(map(at[row], i, All{}, k));
+      if constexpr (kNarrowing<D> == 1)
+        put<D, kStreamed, Map>(at[row], i, low);
+      else
+        put<D, kStreamed, Map>(at[row], i, joined(low, D::narrow(map(at[row], i + L, All{}, next))));
+    }
+  }
+  each_register_overlapping<D>(i, n, [&](int64_t rest, auto count) {
+    const auto& k = channel_at(rest, count);
+    for (int row = 0; row < kRows; ++row) {
+      const Vec<D> result = map(at[row], rest, count, k);
+      if (!Map::kMayLackOutput || at[row].out) store<D>(at[row].out + rest, result, count);
+    }
+  });
+}
+
 /// Applies a map to the planes of the channels, at the given outers.
-template <class D, class Map>
+template <class D, bool kStreamed, class Map>
 __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
                                          const Coefficients<typename D::Compute>& coefficients, Range outers,
                                          Range channels) {
@@ -130,56 +181,71 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
     const int64_t group = group_of(e, outer) * e.channels;
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
-      const auto at = map.at(outer, channel);
-      if (!map.streamed) map.prefetch(at, inner);
-      each_register_overlapping<D>(inner, [=](int64_t i, auto count) { map(at, i, count, k); });
+      const typename Map::At at[1] = {map.at(outer, channel)};
+      if constexpr (!kStreamed) prefetch_next_channel<D>(at[0].out, map.channel_stride(), inner);
+      map_run<D, 1, kStreamed>(map, at, inner, [&](int64_t, auto) -> const auto& { return k; });
     }
   }
 }
 
 /// Applies a map to `width` columns of kRows rows side by side.
-/// NB: arguments by value, so that no store can be taken to change them.
-template <class D, int kRows, class Map>
+template <class D, int kRows, bool kStreamed, class Map>
 __attribute__((flatten)) void map_row_group(const Map map, const typename Map::At* rows, int64_t width,
                                             const Coefficients<typename D::Compute> coefficients, int64_t first) {
-  struct {
-    typename Map::At at[kRows];
-  } group;
-  __builtin_memcpy(&group, rows, sizeof group);
-  each_register_overlapping<D>(width, [=](int64_t i, auto count) {
-    const auto read = [=](int row) { return load<Parameter<D>>(coefficients.row(row) + first + i, count); };
-    const typename Map::Channel k(read);
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) map(group.at[row], i, count, k);
+  typename Map::At at[kRows];
+  __builtin_memcpy(at, rows, sizeof at);
+  map_run<D, kRows, kStreamed>(map, at, width, [=](int64_t i, auto count) {
+    return typename Map::Channel([=](int k) { return load<Parameter<D>>(coefficients.row(k) + first + i, count); });
   });
 }
 
-/// Applies a map to columns of the rows.
-template <class D, class Map>
+/// Applies a map to `width` columns of `count` rows, one after another.
+template <class D, bool kStreamed, class Map>
+__attribute__((flatten)) void map_row_run(const Map map, const typename Map::At row, int64_t count, int64_t width,
+                                          const Coefficients<typename D::Compute> coefficients, int64_t first) {
+  typename Map::At at[1] = {row};
+  for (; count > 0; --count, map.next(at[0]))
+    map_run<D, 1, kStreamed>(map, at, width, [=](int64_t i, auto lanes) {
+      return typename Map::Channel([=](int k) { return load<Parameter<D>>(coefficients.row(k) + first + i, lanes); });
+    });
+}
+
+/// Applies a map to columns of the rows: one after another, as memory is quickest to read, where the coefficients stay
+/// in the nearest cache, else several side by side, so that each coefficient is read less often.
+template <class D, bool kStreamed, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
-  constexpr int kRows = 4;
+  constexpr int kRows = 4, kNarrow = 4096 / sizeof(typename D::Compute);
   const RowOrder order = RowOrder::of(kRows, e, sizeof(typename D::Element));
   const int64_t width = columns.last - columns.first, block = order.block();
-  const bool side_by_side = order.run > 1 || !order.rotated;
+  const bool side_by_side = e.channels > kNarrow && (order.run > 1 || !order.rotated);
   for (int64_t outer = outers.first; outer < outers.last;) {
     const int64_t first = group_of(e, outer) * e.channels + columns.first;
-    if (side_by_side && outer + block <= outers.last && in_one_group(e, outer, block)) {
+    if (side_by_side && block <= least(outers.last - outer, rest_of_group(e, outer))) {
       typename Map::At at[4 * kRows];
       for (int64_t i = 0; i < block; ++i) at[i] = map.at(outer + order(i), columns.first);
-      for (int64_t i = 0; i < block; i += kRows) map_row_group<D, kRows>(map, at + i, width, coefficients, first);
+      for (int64_t i = 0; i < block; i += kRows)
+        map_row_group<D, kRows, kStreamed>(map, at + i, width, coefficients, first);
       outer += block;
     } else {
-      const typename Map::At at = map.at(outer, columns.first);
-      map_row_group<D, 1>(map, &at, width, coefficients, first);
-      ++outer;
+      const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
+      map_row_run<D, kStreamed>(map, map.at(outer, columns.first), count, width, coefficients, first);
+      outer += count;
     }
   }
 }
 
-template <class D, class Map>
+template <class D, bool kStreamed, class Map>
 void map_elements(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
                   Range columns) {
-  if (e.inner == 1) return map_rows<D>(map, e, coefficients, outers, columns);
-  map_planes<D>(map, e, coefficients, outers, columns);
+  if (e.inner == 1) return map_rows<D, kStreamed>(map, e, coefficients, outers, columns);
+  map_planes<D, kStreamed>(map, e, coefficients, outers, columns);
+}
+
+template <class D, class Map>
+void map_elements(const Map& map, bool streamed, const Extent& e, const Coefficients<typename D::Compute>& coefficients,
+                  Range outers, Range columns) {
+  if constexpr (kCanStream)
+    if (streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
+  map_elements<D, false>(map, e, coefficients, outers, columns);
 }

@@ -1,18 +1,44 @@
 // The passes: prepare, reduce, finish, map, each over some channels or columns. What the steps hand to each other lies
 // in the workspace; schedule.inl decides in which order their pieces go to the threads.
 
+/// Joins every channel's slices and folded columns to the first of them. Calls join(n, into, from, before, count) for n
+/// adjacent columns of `before` and `count` samples each: many channels at a time, as one alone would wait for its own
+/// chain of divisions. What is left are the columns of a folded plane.
+template <class T, class Join>
+void join_parts(const Workspace<T>& work, int64_t group, Range channels, const Join& join) {
+  const Folding& f = work.folding;
+  const int64_t begin = work.first_column(group, channels.first), width = channels.last - channels.first;
+  double samples = 0;
+  for (int64_t slice = 0; slice < work.cut.slices; ++slice) {
+    const double count = slice_count(work.extent, work.cut, group, slice);
+    if (slice > 0 && count > 0)
+      for (int64_t i = 0; i < f.fold; ++i) {
+        const int64_t into = begin + i * f.channels;
+        join(width * f.repeat, into, into + slice * work.coefficients.length, samples, count);
+      }
+    samples += count;
+  }
+  for (int64_t i = 1; i < f.fold; ++i) join(width, begin, begin + i * f.channels, double(i) * samples, samples);
+}
+
 /// Moments from slices and columns to coefficients, with the running statistics.
 template <class T>
 void finish_moments(const ForwardParams& p, const Workspace<T>& work, double momentum, Range channels) {
+  double *__restrict mean = work.first, *__restrict m2 = work.second;
+  for (int64_t group = 0; group < p.extent.groups; ++group)
+    join_parts(work, group, channels, [=](int64_t n, int64_t into, int64_t from, double before, double count) {
+      const double weight = count / (before + count);
+#pragma GCC ivdep
+      for (int64_t c = 0; c < n; ++c)
+        torch_bn::join(mean[into + c], m2[into + c], before, mean[from + c], m2[from + c], weight);
+    });
+  const GroupSizes outers(p.extent);
+  const int64_t repeat = work.folding.repeat, per_outer = p.extent.inner / repeat;
   for (int64_t c = channels.first; c < channels.last; ++c) {
     const auto moments_of = [&](int64_t group) {
-      Moments total{0, 0, 0};
-      for (int64_t slice = 0; slice < work.cut.slices; ++slice) {
-        const double count = slice_count(work.extent, work.cut, group, slice);
-        const int64_t at = slice * work.coefficients.length + work.first_column(group, c);
-        total = merge(total, merge_equal(work.columns(), work.step(), count, work.first + at, work.second + at));
-      }
-      return total;
+      const int64_t at = work.first_column(group, c);
+      const double count = double(outers[group] * per_outer);
+      return repeat == 1 ? Moments{count, mean[at], m2[at]} : merge_equal(repeat, count, mean + at, m2 + at);
     };
     finish_forward<T>(p, c, momentum, moments_of, [&](int64_t group, const Affine<T>& affine) {
       work.set(group, c, 0, affine.center);
@@ -39,15 +65,23 @@ void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range 
 
 template <class T>
 void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
+  double *__restrict dz = work.first, *__restrict dz_deviation = work.second;
+  for (int64_t group = 0; group < p.extent.groups; ++group)
+    join_parts(work, group, channels, [=](int64_t n, int64_t into, int64_t from, double, double) {
+#pragma GCC ivdep
+      for (int64_t c = 0; c < n; ++c) {
+        dz[into + c] += dz[from + c];
+        dz_deviation[into + c] += dz_deviation[from + c];
+      }
+    });
+  const GroupSizes outers(p.extent);
   for (int64_t c = channels.first; c < channels.last; ++c) {
     const auto sums_of = [&](int64_t group) {
-      GradientSums total{double(GroupOuters::of(p.extent, group).count * p.extent.inner), 0, 0};
-      for (int64_t slice = 0; slice < work.cut.slices; ++slice)
-        for (int64_t i = 0; i < work.columns(); ++i) {
-          const int64_t at = slice * work.coefficients.length + work.first_column(group, c) + i * work.step();
-          total.dz += work.first[at];
-          total.dz_deviation += work.second[at];
-        }
+      GradientSums total{double(outers[group] * p.extent.inner), 0, 0};
+      for (int64_t at = work.first_column(group, c); at < work.first_column(group, c + 1); ++at) {
+        total.dz += dz[at];
+        total.dz_deviation += dz_deviation[at];
+      }
       return total;
     };
     finish_backward<T>(p, c, sums_of, [&](int64_t group, const GradientAffine<T>& affine) {
@@ -105,9 +139,9 @@ void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute
                Range columns) {
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, true>{n, streamed}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, true>{n}, streamed, p.extent, coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, false>{n, streamed}, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, false>{n}, streamed, p.extent, coefficients, outers, columns);
 }
 
 template <class D>
@@ -116,15 +150,15 @@ struct Forward {
   using Element = typename D::Element;
   const ForwardParams& given;
   const Folding folding;
-  const ForwardParams p;  // folded
+  const ForwardParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
   const bool streamed;
   double momentum;
 
   Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, executor)), momentum(p.momentum) {
+        mapped(folded_map(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        streamed(worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)), momentum(p.momentum) {
     const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
     if (p.cumulative) momentum = 1 / double(batches);
   }
@@ -141,7 +175,7 @@ struct Forward {
     }
   }
   void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
-  void map(Range outers, Range columns) const { normalize<D>(p, streamed, work.coefficients, outers, columns); }
+  void map(Range outers, Range columns) const { normalize<D>(mapped, streamed, work.coefficients, outers, columns); }
 };
 
 template <class D>
@@ -149,14 +183,14 @@ struct Backward {
   typedef D Type;
   const BackwardParams& given;
   const Folding folding;
-  const BackwardParams p;  // folded
+  const BackwardParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
   const bool streamed;
 
   Backward(const BackwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(p.extent, p.dx, p.dx_strides, executor)) {}
+        mapped(folded_all(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        streamed(worth_streaming<D>(mapped.extent, p.dx, mapped.dx_strides, p.training, executor)) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
     const Folding f = folding_of(p.extent, sizeof(typename D::Element));
@@ -197,9 +231,9 @@ struct Backward {
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns) const {
     if (p.activation == Activation::none && p.dx && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, true>{p, streamed}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, true>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
     else if (p.dx || p.dresidual)
-      map_elements<D>(NormalizeGradient<D, false>{p, streamed}, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, false>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
   }
 };
 
@@ -207,14 +241,14 @@ template <class D>
 struct Inference {
   typedef D Type;
   const Folding folding;
-  const InferenceParams p;  // folded
+  const InferenceParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
   const bool streamed;
 
   Inference(const InferenceParams& params, const Executor& executor)
-      : folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
+      : folding(narrowed(folding_of_map<D>(params))), p(folded_map(params, folding)), mapped(p),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, executor)) {
+        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}

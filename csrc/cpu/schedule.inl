@@ -5,7 +5,7 @@ constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thre
 /// The steps of a pass, each over some channels or columns of channels; `self` is the pass.
 struct Steps {
   const void* self;
-  Extent extent;  // folded
+  Extent extent, map_extent;  // folded
   Folding folding;
   Partition cut;
   int64_t element_bytes, column_block;
@@ -18,7 +18,7 @@ struct Steps {
 
 template <class Pass>
 Steps steps_of(const Pass& pass) {
-  return {&pass, pass.p.extent, pass.folding, pass.work.cut, sizeof(typename Pass::Type::Element),
+  return {&pass, pass.p.extent, pass.mapped.extent, pass.folding, pass.work.cut, sizeof(typename Pass::Type::Element),
           kColumnBlock<typename Pass::Type>, pass.streamed,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
@@ -28,20 +28,19 @@ Steps steps_of(const Pass& pass) {
           [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
 }
 
-/// The last map over everything, tile by tile: some columns of some rows, so that what belongs to the columns stays in
-/// the nearest cache, or some planes of one outer. A tensor that overflows the last-level cache is walked from its end,
-/// which the reduction has left there.
-void run_map(const Steps& steps, const Executor& executor) {
-  constexpr int64_t kTile = 1 << 15, kRows = 32;
-  const Extent& e = steps.extent;
+/// The last map over everything, tile by tile: some rows, or some planes of one outer. After a reduction it begins at
+/// the end, which that has left in the caches.
+void run_map(const Steps& steps, const Executor& executor, bool from_end) {
+  constexpr int64_t kTile = 1 << 15, kRows = 32, kWidest = 8192;
+  const Extent& e = steps.map_extent;
   const bool rows = e.inner == 1;
-  const int64_t width = least(e.channels, rows ? steps.column_block : ceil_div(kTile, e.inner));
+  const int64_t width = least(e.channels, rows ? kWidest : ceil_div(kTile, e.inner));
   const int64_t across = ceil_div(e.channels, width);
   const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
   parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t tile = steps.streamed ? first + last - 1 - i : i;
+      const int64_t tile = from_end ? first + last - 1 - i : i;
       const int64_t outer = tile / across * height, column = tile % across * width;
       steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
     }
@@ -63,7 +62,8 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
       for (int64_t group = 0; group < e.groups; ++group)
         for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
       steps.finish(steps.self, channels);
-      steps.map(steps.self, {0, e.outer}, columns);
+      const Extent& mapped = steps.map_extent;
+      steps.map(steps.self, {0, mapped.outer}, f.fold == 1 ? columns : Range{0, mapped.channels});
     }
     end_streaming();
   });
@@ -87,7 +87,7 @@ void run_steps(const Steps& steps, const Executor& executor) {
     }
   });
   over_channels(steps.finish);
-  run_map(steps, executor);
+  run_map(steps, executor, true);
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache

@@ -147,21 +147,31 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
     if (i < count) p[i] = lanes[i];
 }
 
+/// How many registers of the compute type fill one when they are stored, and that one.
+template <class D>
+constexpr int kNarrowing = sizeof(typename D::Compute) / sizeof(typename D::Element);
+template <class D>
+using Whole = typename VectorOf<typename D::Element, BN_VECTOR_BYTES>::type;
+
+template <int... kIndex>
+BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(low, high, kIndex...);
+}
+BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high) {
+  return joined(low, high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
+}
+
 /// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late:
 /// end_streaming() orders it before what follows.
 template <class D>
-BN_INLINE void stream(typename D::Element* p, Vec<D> v) {
-  typedef typename VectorOf<long long, sizeof(typename D::Stored)>::type Words;
-  const typename D::Stored stored = D::narrow(v);
+BN_INLINE void stream(typename D::Element* p, Whole<D> elements) {
 #if defined(__clang__)
-  __builtin_nontemporal_store(stored, reinterpret_cast<typename D::Stored*>(p));
-#elif defined(__x86_64__)
-  if constexpr (sizeof stored == 64) __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 32) __builtin_ia32_movntdq256(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 16) __builtin_ia32_movntdq(reinterpret_cast<Words*>(p), (Words)stored);
-  if constexpr (sizeof stored == 8) store<D>(p, v);
+  __builtin_nontemporal_store(elements, reinterpret_cast<Whole<D>*>(p));
+#elif defined(__x86_64__) && BN_VECTOR_BYTES == 64
+  typedef typename VectorOf<long long, BN_VECTOR_BYTES>::type Words;
+  __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)elements);
 #else
-  store<D>(p, v);
+  __builtin_memcpy(p, &elements, sizeof elements);
 #endif
 }
 BN_INLINE void end_streaming() {

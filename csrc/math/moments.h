@@ -42,18 +42,18 @@ BN_INLINE Moments merge(Moments a, const Moments& b) {
   return a;
 }
 
-/// Moments of the union of `sets` disjoint sets of `count` samples each: means and squared deviations lie `step` apart.
-BN_INLINE Moments merge_equal(long sets, long step, double count, const double* mean, const double* m2) {
+/// Moments of the union of `sets` disjoint sets of `count` samples each.
+BN_INLINE Moments merge_equal(long sets, double count, const double* mean, const double* m2) {
   double apart = 0, sum_mean = 0, sum_m2 = 0, between = 0;
   for (long i = 0; i < sets; ++i) {
-    apart += mean[i * step] - mean[0];
-    sum_mean += mean[i * step];
+    apart += mean[i] - mean[0];
+    sum_mean += mean[i];
   }
   // NB: a difference of infinities is none.
   const double total_mean = apart - apart == 0 ? mean[0] + apart / double(sets) : sum_mean / double(sets);
   for (long i = 0; i < sets; ++i) {
-    const double delta = mean[i * step] - total_mean;
-    sum_m2 += m2[i * step];
+    const double delta = mean[i] - total_mean;
+    sum_m2 += m2[i];
     between += delta * delta;
   }
   return {count * double(sets), total_mean, sum_m2 + count * between};
