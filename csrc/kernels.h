@@ -24,7 +24,26 @@ struct Strides {
   int64_t outer, channel;
 };
 
-/// y = activation((x - mean) * invstd * weight + bias + residual), statistics of the batch.
+/// Batch Renormalization: averages of the batches' means and deviations, weighted and not yet divided by their weights,
+/// and how they correct a batch. `mean` is null without it.
+struct Renorm {
+  void *mean = nullptr, *stddev = nullptr;                // [channels], updated
+  void *mean_weight = nullptr, *stddev_weight = nullptr;  // [1], updated
+  double momentum;                         // weight of the new batch in them, positive
+  double rmin, rmax, dmax;                 // r in [rmin, rmax], rmax before rmin; d in [-dmax, dmax]; infinite for no bound
+};
+
+/// What training remembers from batch to batch.
+struct Running {
+  void *mean = nullptr, *var = nullptr;    // [channels] or null, updated
+  int64_t* num_batches_tracked = nullptr;  // [1] or null, incremented first
+  double momentum;                         // weight of the new batch in mean and var
+  bool cumulative;                         // use 1 / num_batches_tracked in place of momentum
+  Renorm renorm;
+};
+
+/// y = activation(((x - mean) * invstd * r + d) * weight + bias + residual), statistics of the batch; r is 1 and d is 0
+/// without renorm.
 struct ForwardParams {
   DType dtype;
   Extent extent;
@@ -40,12 +59,20 @@ struct ForwardParams {
   double eps;
   double* mean;                            // [groups, channels], out
   double* invstd;                          // [groups, channels], out
-  void* running_mean;                      // [channels] or null, updated
-  void* running_var;                       // [channels] or null, updated with the unbiased variance
-  int64_t* num_batches_tracked;            // [1] or null, incremented first
-  double momentum;                         // weight of the new batch in the running statistics
-  bool cumulative;                         // use 1 / num_batches_tracked in place of momentum
+  double* correction = nullptr;            // [2, channels], r and d, out; null without renorm
+  Running running;
+  bool unbiased;                           // the variance that enters the running one, without renorm
+  double* statistics = nullptr;            // [2, channels] or null: what would enter `running`, which then stays, out
   void* workspace;                         // Kernels::workspace bytes, aligned to 64
+};
+
+/// Enters into `running` what ForwardParams::statistics has kept of a batch.
+struct UpdateParams {
+  DType dtype;
+  int64_t channels;
+  const double* statistics;                // [2, channels]
+  double eps;
+  Running running;
 };
 
 /// The same map with given statistics, which are constants.
@@ -83,6 +110,7 @@ struct BackwardParams {
   const void* bias;                        // [channels] or null for zeros, read when there is an activation
   const double* mean;                      // [groups, channels]
   const double* invstd;                    // [groups, channels]
+  const double* correction = nullptr;      // [2, channels] or null, constants
   void* dx;                                // [outer, channels, inner] or null, out
   Strides dx_strides = {};
   void* dresidual = nullptr;               // [outer, channels, inner] or null, out
@@ -108,6 +136,7 @@ struct Kernels {
   void (*forward)(const ForwardParams&, const Executor&);
   void (*inference)(const InferenceParams&, const Executor&);
   void (*backward)(const BackwardParams&, const Executor&);
+  void (*update)(const UpdateParams&);
 };
 
 namespace cpu {

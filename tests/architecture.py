@@ -24,16 +24,27 @@ KERNEL_FOLDERS = ("math", "cpu", "cuda")
 
 # What each module of the package may import from the package. All may import torch and the standard library.
 MAY_IMPORT = {
-    "__init__": {"_operators", "functional", "modules", "surgery"},
+    "__init__": {
+        *("_operators", "constraints", "functional", "layers", "modules", "regularizers", "schedules", "surgery"),
+        "updates",
+    },
     "__main__": {"build_info"},
     "_build": set(),
+    "_checks": set(),
     "_compile": {"_build"},
     "_operators": {"_compile", "_C", "_fake", "__version__"},
-    "_fake": {"reference"},
-    "reference": set(),
-    "functional": {"_operators", "reference"},
-    "modules": {"functional"},
-    "surgery": {"functional", "modules"},
+    "_fake": {"_checks"},
+    "_shapes": set(),
+    "_store": {"layers", "regularizers", "updates"},
+    "constraints": set(),
+    "reference": {"_checks"},
+    "regularizers": set(),
+    "schedules": set(),
+    "updates": {"_checks"},
+    "functional": {"_checks", "_operators", "_shapes", "reference", "schedules", "updates"},
+    "modules": {"_checks", "functional", "schedules"},
+    "layers": {"_checks", "_shapes", "_store", "functional", "modules", "regularizers", "schedules"},
+    "surgery": {"modules"},
 }
 WITHOUT_TORCH = {"_build"}
 

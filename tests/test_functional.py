@@ -241,8 +241,10 @@ def test_errors_say_what_must_hold_and_change_nothing(change, error, text, fused
         ({"training": 1}, "batch_norm: training must be a bool, got int"),
         ({"momentum": "0.1"}, "batch_norm: momentum must be a number or None, got str"),
         ({"eps": "1e-5"}, "batch_norm: eps must be a number, got str"),
-        ({"axis": 1.0}, "batch_norm: axis must be an int, got float"),
-        ({"axis": [1]}, "batch_norm: axis must be an int, got list"),
+        ({"axis": 1.0}, "batch_norm: axis must be an int, or a list or tuple of ints, got 1.0"),
+        ({"axis": [1.0]}, "batch_norm: axis must be an int, or a list or tuple of ints, got [1.0]"),
+        ({"virtual_batch_size": 2.0}, "batch_norm: virtual_batch_size must be a positive int or None, got 2.0"),
+        ({"renorm": True}, "batch_norm: renorm must be a RenormState or None, got bool"),
         ({"fused": "yes"}, "batch_norm: fused must be None, True or False, got 'yes'"),
     ],
     ids=str,
@@ -370,7 +372,8 @@ def test_torch_function_sees_the_call():
 
     x = torch.randn(5, 3)
     y = batch_norm(x.as_subclass(Recording), None, None, training=True, eps=0.1, axis=-1)
-    assert Recording.seen == [(8, {"axis": -1, "fused": None})] and type(y) is Recording
+    ((positional, keywords),) = Recording.seen
+    assert positional == 8 and keywords["axis"] == -1 and keywords["fused"] is None and type(y) is Recording
     torch.testing.assert_close(torch.Tensor(y), F.batch_norm(x, None, None, training=True, eps=0.1))
 
 

@@ -86,7 +86,20 @@ def test_to_dtype_moves_everything_but_the_counter(torchs, ours, shape, dtype, f
     plain, layer = (module.to(dtype) for module in pair(torchs, ours, fused))
     x = torch.randn(shape, dtype=dtype)
     torch.testing.assert_close(layer(x), plain(x), rtol=2**-6, atol=2**-6)
-    assert {value.dtype for value in layer.state_dict().values()} == {dtype, torch.int64}
+    state = {name: value.dtype for name, value in layer.state_dict().items()}
+    assert (state["weight"], state["bias"], state["num_batches_tracked"]) == (dtype, dtype, torch.int64)
+    half = dtype in (torch.float16, torch.bfloat16)
+    assert state["running_mean"] == state["running_var"] == (torch.float32 if half else dtype)
+
+
+@both_paths
+def test_half_does_not_make_a_large_variance_infinite(fused):
+    layer, torchs = torch_bn.BatchNorm2d(5, momentum=1.0, renorm=True, fused=fused), nn.BatchNorm2d(5, momentum=1.0)
+    for module in (layer, torchs):
+        module.half()(torch.randn(7, 5, 4, 4).mul(2000).half())
+    assert torchs.running_var.isinf().any()
+    assert all(state.isfinite().all() and state.dtype != torch.float16 for state in layer.buffers())
+    assert torch_bn.BatchNorm2d(5, dtype=torch.float16).running_var.dtype == torch.float16, "where it was asked for"
 
 
 @both_paths
@@ -135,7 +148,7 @@ def test_constructor_begins_as_torchs_does(torchs, ours, shape):
     actual = list(inspect.signature(ours).parameters.values())[: len(expected)]
     assert [(p.name, p.default, p.kind) for p in actual] == [(p.name, p.default, p.kind) for p in expected]
     extra = [p.name for p in inspect.signature(ours).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert extra == ["bias", "scale", "axis", "fused"]
+    assert extra == ["bias", "scale", "axis", *torch_bn.modules.OPTIONS]
     assert issubclass(ours, torchs)
 
 

@@ -59,20 +59,85 @@ def test_opcheck_without_some_tensors(ops, missing, layout):
     torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
 
 
-def test_opcheck_of_what_lies_below(ops):
+def averages(channels=3):
+    """renorm_mean, renorm_stddev, their weights, renorm_momentum, rmin, rmax, dmax."""
+    return [torch.randn(channels), torch.rand(channels), torch.tensor(0.3), torch.tensor(0.4), 0.2, 0.8, 1.2, 0.5]
+
+
+NO_AVERAGES = [None, None, None, None, 0.01, None, None, None]
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["", "kept"])
+@pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_opcheck_of_groups_and_renorm(ops, groups, renorm, keep):
+    statistics = torch.zeros(2, 3, dtype=torch.float64) if keep else None
+    call = [*arguments(), groups, False, True, *(averages() if renorm else NO_AVERAGES), statistics]
+    torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
+def test_opcheck_of_what_lies_below(ops, renorm, groups):
     x, weight, bias, mean, var, counter, _, momentum, eps, axis = arguments(requires_grad=False)
-    forward = (x, weight, bias, mean, var, counter, momentum, eps, axis)
+    more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None)
+    forward = (x, weight, bias, mean, var, counter, momentum, eps, axis, *more)
     torch.library.opcheck(ops._batch_norm_forward.default, forward, test_utils=CHECKED)
-    inference = (x, weight, bias, mean, var, eps, axis)
+    inference = (x, weight, bias, mean, var, eps, axis, True)
     torch.library.opcheck(ops._batch_norm_inference.default, inference, test_utils=CHECKED)
-    _, batch_mean, invstd = ops._batch_norm_forward(*forward)
+    _, saved = ops._batch_norm_forward(*forward)
     x.requires_grad_()
     weight.requires_grad_()
     dy = torch.randn_like(x, requires_grad=True)
     for training in (True, False):
         for needs_input_grad in (True, False):
-            backward = (dy, x, weight, batch_mean, invstd, training, eps, axis, needs_input_grad)
+            backward = (dy, x, weight, saved, training, eps, axis, groups, needs_input_grad)
             torch.library.opcheck(ops._batch_norm_backward.default, backward, test_utils=CHECKED)
+
+
+def test_opcheck_of_the_update(ops):
+    statistics = torch.rand(2, 3, dtype=torch.float64)
+    plain = (statistics, torch.randn(3), torch.rand(3), torch.tensor(3), None, 1e-5)
+    torch.library.opcheck(ops.update_statistics.default, (*plain, *averages()[:5]), test_utils=CHECKED)
+
+
+@pytest.mark.parametrize("groups", [1, 3], ids=["one group", "three groups"])
+@pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 2, 2)], ids=str)
+def test_derivatives_with_groups_and_constant_corrections(ops, shape, renorm, groups):
+    x, weight, bias, mean, var, *rest = arguments(shape, torch.float64)
+    kept = [value.double() if isinstance(value, Tensor) else value for value in averages()] if renorm else NO_AVERAGES
+    still = torch.zeros(2, 3, dtype=torch.float64)  # so that r and d come from the same averages each time
+    more = (groups, True, True, *kept, still)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.batch_norm(x, weight, bias, mean, var, *rest, *more)
+
+    y = run(x, weight, bias)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, weight, bias), dy)
+    theirs = reference.batch_norm(
+        *(x, weight, bias, mean, var, *rest, groups, True, True), reference.Renorm(*kept) if renorm else None, still
+    )
+    torch.testing.assert_close(y, theirs)
+    torch.testing.assert_close(found, torch.autograd.grad(theirs, (x, weight, bias), dy))
+    assert renorm or torch.autograd.gradcheck(run, (x, weight, bias))  # with it r and d, of x, are held constant
+    first = lambda *inputs: torch.autograd.grad(run(*inputs), inputs, dy, create_graph=True)  # noqa: E731
+    again = lambda *inputs: torch.autograd.grad(  # noqa: E731
+        reference.batch_norm(
+            *(*inputs, mean, var, *rest, groups, True, True), reference.Renorm(*kept) if renorm else None, still
+        ),
+        *(inputs, dy),
+        create_graph=True,
+    )
+    factors = [torch.randn_like(value) for value in (x, weight, bias)]
+    second = [
+        torch.autograd.grad(
+            sum((g * f).sum() for g, f in zip(run_(x, weight, bias), factors, strict=True)), (x, weight)
+        )
+        for run_ in (first, again)
+    ]
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -205,15 +270,15 @@ def test_compiled_layers_train_like_eager_ones(dynamic, momentum):
 
 def test_the_backward_operator_names_what_does_not_fit(ops):
     x, weight, *_ = arguments(requires_grad=False)
-    statistics = torch.zeros(3, dtype=torch.float64)
+    saved = torch.zeros(2, 3, dtype=torch.float64)
     with pytest.raises(
         RuntimeError, match=r"grad_output must be .* the input's shape \[4, 3, 2, 5\], got Float with \[4, 3, 2\]"
     ):
-        ops._batch_norm_backward(x[..., 0], x, weight, statistics, statistics, True, 1e-5, 1, True)
-    with pytest.raises(RuntimeError, match="mean must be Double with 3 elements, got Float with 3"):
-        ops._batch_norm_backward(x, x, weight, statistics.float(), statistics, True, 1e-5, 1, True)
-    with pytest.raises(RuntimeError, match="invstd must be Double with 3 elements, got Double with 2"):
-        ops._batch_norm_backward(x, x, weight, statistics, statistics[:2], True, 1e-5, 1, True)
+        ops._batch_norm_backward(x[..., 0], x, weight, saved, True, 1e-5, 1, 1, True)
+    with pytest.raises(RuntimeError, match=r"saved must be contiguous Double of \[2 or 4, 3\], got Float of \[2, 3\]"):
+        ops._batch_norm_backward(x, x, weight, saved.float(), True, 1e-5, 1, 1, True)
+    with pytest.raises(RuntimeError, match=r"saved must be contiguous Double of \[4 or 6, 3\], got Double of \[2, 3\]"):
+        ops._batch_norm_backward(x, x, weight, saved, True, 1e-5, 1, 2, True)
 
 
 def test_the_table_can_be_chosen_by_name():

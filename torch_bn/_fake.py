@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import reference
+from ._checks import Renorm, check
 
 
 def _register(name: str, fake: Any) -> None:
@@ -27,12 +27,27 @@ def _forward(
     momentum: float | None,
     eps: float,
     axis: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    axis = reference.check(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps, axis
-    )
-    mean = input.new_empty((input.size(axis),), dtype=torch.float64)
-    return _output(input), mean, torch.empty_like(mean)
+    groups: int,
+    unbiased: bool,
+    strict: bool,
+    renorm_mean: Tensor | None,
+    renorm_stddev: Tensor | None,
+    renorm_mean_weight: Tensor | None,
+    renorm_stddev_weight: Tensor | None,
+    renorm_momentum: float,
+    rmin: float | None,
+    rmax: float | None,
+    dmax: float | None,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    averages = (renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight)
+    renorm = None if renorm_mean is None else Renorm(*averages, renorm_momentum)  # type: ignore[arg-type]
+    axis = check(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps, axis, groups, strict,
+        renorm, statistics,
+    )  # fmt: skip
+    rows = 2 * groups + (2 if renorm else 0)
+    return _output(input), input.new_empty((rows, input.size(axis)), dtype=torch.float64)
 
 
 def _inference(
@@ -43,8 +58,9 @@ def _inference(
     running_var: Tensor | None,
     eps: float,
     axis: int,
+    strict: bool,
 ) -> Tensor:
-    reference.check(input, weight, bias, running_mean, running_var, None, False, None, eps, axis)
+    check(input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict)
     return _output(input)
 
 
@@ -52,11 +68,11 @@ def _backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
+    saved: Tensor,
     training: bool,
     eps: float,
     axis: int,
+    groups: int,
     needs_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -65,6 +81,11 @@ def _backward(
     return grad_input, grad_weight, torch.empty_like(grad_weight)
 
 
+def _update(*arguments: Any, **more: Any) -> None:
+    """Returns nothing."""
+
+
 _register("_batch_norm_forward", _forward)
 _register("_batch_norm_inference", _inference)
 _register("_batch_norm_backward", _backward)
+_register("update_statistics", _update)

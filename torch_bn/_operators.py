@@ -42,6 +42,12 @@ def load(verbose: bool = False) -> None:
             _adopt(_compile.import_library("torch_bn._C", path), "compiled on demand")
 
 
+def update_statistics(*arguments: Any) -> None:
+    """torch.ops.torch_bn.update_statistics; the last argument is a Renorm or None."""
+    *plain, renorm = arguments
+    torch.ops.torch_bn.update_statistics.default(*plain, *(renorm[:5] if renorm is not None else ()))
+
+
 def build_info() -> dict[str, Any]:
     """What runs here: versions, where the kernels come from or why there are none, and the CPU table in use."""
     from . import __version__

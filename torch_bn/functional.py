@@ -1,14 +1,41 @@
 """Batch normalization as a function: its defaults, and the choice between the kernels and plain torch operations."""
 
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _operators, reference
+from . import _operators, _shapes, reference, updates
+from ._checks import Renorm
+from .schedules import check_clipping, clipping_at
+
+
+class RenormState(NamedTuple):
+    """The averages of Batch Renormalization, zeros at first. Training updates them in place."""
+
+    mean: Tensor
+    """C values: the average of the batches' means."""
+    stddev: Tensor
+    """C values: the average of the batches' deviations, sqrt(var + eps)."""
+    mean_weight: Tensor
+    """One value: how much has entered `mean`, in [0, 1]."""
+    stddev_weight: Tensor
+    """One value: how much has entered `stddev`, in [0, 1]."""
+
+
+class Extras(NamedTuple):
+    """What only some layers have in training."""
+
+    groups: int = 1
+    unbiased: bool = True
+    strict: bool = True
+    renorm: Renorm | None = None
+    frozen: bool = False
+    """Statistics of the batch are used and the running ones stay."""
 
 
 def batch_norm(
@@ -21,14 +48,22 @@ def batch_norm(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     *,
-    axis: int = 1,
+    axis: int | Sequence[int] = 1,
+    renorm: RenormState | None = None,
+    renorm_clipping: Mapping[str, Any] | None = None,
+    renorm_momentum: float = 0.01,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[torch.Size], Any] | None = None,
     fused: bool | None = None,
 ) -> Tensor:
-    """Normalises each channel of a batch: :func:`torch.nn.functional.batch_norm` on compiled kernels.
+    """Normalises each channel of a batch: :func:`torch.nn.functional.batch_norm` on compiled kernels, and more.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias. In training mean and var are those of the batch, var the biased
     one, and the running statistics move towards them: running = (1 - momentum) * running + momentum * batch, with the
     unbiased var. Otherwise mean and var are the running ones.
+
+    In training, x_hat = (x - mean) / sqrt(var + eps) may pass through more: y = ((x_hat * r + d) * a + b) * weight +
+    bias with r and d of `renorm` and a and b of `adjustment`.
 
     Args:
         input: [N, C, ...], float32, float64, float16 or bfloat16, any rank from 1 and any strides. float64 is computed
@@ -40,7 +75,20 @@ def batch_norm(
         momentum: weight of the batch in the running statistics; any number, usually in [0, 1]. Default: 0.1. None, the
             average over all batches, needs a counter: only the modules have one.
         eps: added to var; positive in training, else not negative. Default: 1e-5.
-        axis: which axis holds the channels, in [-input.dim(), input.dim() - 1]. Default: 1.
+        axis: which axis holds the channels, in [-input.dim(), input.dim() - 1]. Several axes: every combination of
+            their indices is a channel, in the order of the axes in the input. Default: 1.
+        renorm: averages for Batch Renormalization: r = stddev / average, d = (mean - average mean) / average stddev,
+            constants for derivatives, with averages as they were before the batch and completed by it where they lack
+            weight, so that the first step is plain batch normalization. The running statistics then follow these
+            averages, with the biased var. Default: None.
+        renorm_clipping: bounds, any of the keys rmax, rmin, dmax: r in [rmin, rmax], d in [-dmax, dmax]. Numbers or
+            tensors of one element; None or a missing key: no bound. Default: None.
+        renorm_momentum: weight of the batch in the averages of renorm; not 0. Default: 0.01.
+        virtual_batch_size: ghost batches: training normalises example i with the others of group i % G, where
+            G = ceil(N / virtual_batch_size), so group sizes differ by one at most. One update enters the mean over the
+            groups; r and d are shared. Default: None, one group.
+        adjustment: called in training with the input's size; returns (a, b), tensors, arrays or numbers: C values,
+            one per channel, or what broadcasts against the input. Gradients flow into both. Default: None.
         fused: None takes the compiled kernels where they can serve and plain torch operations where not (no kernels
             loaded, another device, torch.func transforms, forward-mode differentiation, torch.jit.trace). True takes
             the kernels or raises. False takes plain torch operations. Default: None.
@@ -50,16 +98,18 @@ def batch_norm(
         times with respect to input, weight and bias.
 
     Raises:
-        ValueError: one value per channel in training, eps or axis out of range, one running statistic without the
-            other, momentum=None.
+        ValueError: one value per channel (of a group) in training, eps or axis out of range, one running statistic
+            without the other, momentum=None, virtual_batch_size not positive or with axis 0, unknown keys in
+            renorm_clipping, an adjustment that does not broadcast.
         RuntimeError: a tensor of the wrong length or on another device, evaluation without running statistics,
             fused=True where the kernels cannot serve.
-        TypeError, NotImplementedError: dtypes other than the four, `training` not a bool, `fused` not one
-            of its three values.
+        TypeError, NotImplementedError: dtypes other than the four, arguments of another type.
         Nothing is changed then. The exact texts: :func:`torch_bn.reference.check`.
 
     Source:
-        Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167.
+        Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167. Renorm: Ioffe, 2017, arXiv:1702.03275, with the
+        averages of TensorFlow 1. Ghost batches: Hoffer, Hubara and Soudry, 2017, arXiv:1705.08741, with TensorFlow's
+        groups and its single update.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         return handle_torch_function(
@@ -67,10 +117,67 @@ def batch_norm(
             (input, running_mean, running_var, weight, bias),
             *(input, running_mean, running_var, weight, bias, training, momentum, eps),
             axis=axis,
+            renorm=renorm,
+            renorm_clipping=renorm_clipping,
+            renorm_momentum=renorm_momentum,
+            virtual_batch_size=virtual_batch_size,
+            adjustment=adjustment,
             fused=fused,
         )
-    _check_types(input, running_mean, running_var, weight, bias, training, momentum, eps, axis, fused)
-    return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axis, fused)
+    axes = _shapes.check_axes(axis)
+    _check_types(input, running_mean, running_var, weight, bias, training, momentum, eps, fused)
+    check_virtual_batch_size(virtual_batch_size)
+    check_renorm(renorm, renorm_clipping, renorm_momentum)
+    plain = renorm is None and virtual_batch_size is None and adjustment is None
+    if isinstance(axes, int) and (plain or not training):
+        return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused)
+    bounds = clipping_at(renorm_clipping, 0)
+    return _batch_norm_with(
+        *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused),
+        Extras(renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None),
+        virtual_batch_size,
+        adjustment,
+    )
+
+
+def _batch_norm_with(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    axes: int | tuple[int, ...],
+    fused: bool | None,
+    extras: Extras,
+    virtual_batch_size: int | None = None,
+    adjustment: Callable[[torch.Size], Any] | None = None,
+) -> Tensor:
+    """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
+    axes = _shapes.resolved(axes, input)
+    adjusted = None
+    if training:
+        if virtual_batch_size is not None:
+            extras = extras._replace(groups=_shapes.groups_of(input, axes, virtual_batch_size))
+        if adjustment is not None:
+            adjusted = _shapes.adjustment_of(adjustment, input, axes)
+            if adjusted.per_channel:
+                weight, bias = adjusted.merged(weight, bias)
+    else:
+        extras = Extras(strict=extras.strict)
+    general = adjusted is not None and not adjusted.per_channel
+    x, axis = _shapes.gathered(input, axes)
+    if general and input.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # rounded once, after the adjustment
+    y = _batch_norm(
+        *(x, None if general else weight, None if general else bias, running_mean, running_var, num_batches_tracked),
+        *(training, momentum, eps, axis, fused, extras),
+    )
+    y = _shapes.scattered(y, input, axes)
+    return y if adjusted is None or not general else adjusted.applied(y, weight, bias, axes).to(input.dtype)
 
 
 def _batch_norm(
@@ -85,6 +192,7 @@ def _batch_norm(
     eps: float,
     axis: int,
     fused: bool | None,
+    extras: Extras | None = None,
 ) -> Tensor:
     """The operator's arguments and `fused`: what the modules call, once per layer and step, so it must cost little."""
     if has_torch_function_variadic(input, weight, bias, running_mean, running_var, num_batches_tracked):
@@ -92,19 +200,67 @@ def _batch_norm(
             _batch_norm,
             (input, weight, bias, running_mean, running_var, num_batches_tracked),
             *(input, weight, bias, running_mean, running_var, num_batches_tracked),
-            *(training, momentum, eps, axis, fused),
+            *(training, momentum, eps, axis, fused, extras),
         )
-    if fused is not False:
-        obstacle = _obstacle(input)
-        if obstacle is None:
-            return _operators.batch_norm(  # type: ignore[no-any-return]
-                input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
-            )
-        if fused:
-            raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")
-    return reference.batch_norm(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
-    )
+    obstacle = "" if fused is False else _obstacle(input)
+    if fused and obstacle is not None:
+        raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")
+    if extras is None and not (training and updates.interfere()):
+        forward = reference.batch_norm if obstacle is not None else _operators.batch_norm
+        return forward(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
+        )
+    extras = extras or Extras()
+
+    def run(statistics: Tensor | None, renorm: Renorm | None) -> Tensor:
+        plain = (input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
+        if obstacle is not None:
+            return reference.batch_norm(*plain, *extras[:3], renorm, statistics)
+        return _operators.batch_norm(*plain, *extras[:3], *(renorm or _NO_RENORM), statistics)  # type: ignore[no-any-return]
+
+    if not training or (torch.compiler.is_compiling() and not extras.frozen):
+        return run(None, extras.renorm)
+
+    room = torch.empty((2, input.size(axis)), dtype=torch.float64, device=input.device)
+    if extras.frozen:
+        return run(room, extras.renorm)
+
+    def update(statistics: Tensor) -> updates.Update:
+        enter = reference.update_statistics if obstacle is not None else _operators.update_statistics
+        if input.numel() == 0:  # is only counted
+            return updates.Update(enter, statistics, None, None, num_batches_tracked, momentum, eps, None)
+        return updates.Update(
+            enter, statistics, running_mean, running_var, num_batches_tracked, momentum, eps, extras.renorm
+        )
+
+    return updates.forward(run, room, extras.renorm, update)
+
+
+_NO_RENORM = (None, None, None, None, 0.01, None, None, None)
+
+
+def check_virtual_batch_size(size: object) -> None:
+    if size is None:
+        return
+    if not isinstance(size, SupportsIndex):
+        raise TypeError(f"batch_norm: virtual_batch_size must be a positive int or None, got {size!r}")
+    if size.__index__() < 1:
+        raise ValueError(f"batch_norm: virtual_batch_size must be a positive int or None, got {size!r}")
+
+
+def check_renorm(renorm: object, clipping: object, momentum: object) -> None:
+    """Raises for averages that are none; clipping and momentum count only with renorm."""
+    if renorm is None:
+        return
+    if not isinstance(renorm, RenormState):
+        raise TypeError(f"batch_norm: renorm must be a RenormState or None, got {type(renorm).__name__}")
+    check_clipping(clipping)
+    check_renorm_momentum(momentum)
+
+
+def check_renorm_momentum(momentum: object) -> None:
+    if not isinstance(momentum, float) and not isinstance(momentum, Real):
+        raise TypeError(f"batch_norm: renorm_momentum must be a number, got {type(momentum).__name__}")
 
 
 def _check_types(
@@ -116,7 +272,6 @@ def _check_types(
     training: object,
     momentum: object,
     eps: object,
-    axis: object,
     fused: object,
 ) -> None:
     """Raises TypeError for what the operator and the plain operations would each refuse in words of their own."""
@@ -136,8 +291,6 @@ def _check_types(
         raise TypeError(f"batch_norm: momentum must be a number or None, got {type(momentum).__name__}")
     if not isinstance(eps, float) and not isinstance(eps, Real):  # isinstance of an abstract class costs a lot
         raise TypeError(f"batch_norm: eps must be a number, got {type(eps).__name__}")
-    if not isinstance(axis, int) and not isinstance(axis, SupportsIndex):
-        raise TypeError(f"batch_norm: axis must be an int, got {type(axis).__name__}")
     _check_fused(fused)
 
 

@@ -1,12 +1,26 @@
 """BatchNorm1d, BatchNorm2d, BatchNorm3d: torch's layers on the compiled kernels. State and defaults, no arithmetic."""
 
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from .functional import _batch_norm, _check_fused
+from ._checks import Renorm
+from .functional import (
+    Extras,
+    _batch_norm,
+    _batch_norm_with,
+    _check_fused,
+    check_renorm_momentum,
+    check_virtual_batch_size,
+)
+from .schedules import check_clipping, clipping_at
+
+RENORM_STATE = ("renorm_mean", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight")
+_STATISTICS = ("running_mean", "running_var", *RENORM_STATE)
+_HALVES = (torch.float16, torch.bfloat16)
 
 _ARGUMENTS = """
     A subclass with the same meaning, state, state_dict and errors. The formula: :func:`torch_bn.functional.batch_norm`.
@@ -24,6 +38,16 @@ _ARGUMENTS = """
         bias: False leaves out the bias. Default: True.
         scale: False leaves out the weight. Default: True.
         axis: which axis of the input holds the channels; negative ones count from the end. Default: 1.
+        renorm: Batch Renormalization: training normalises with averages over the last batches, as far as
+            renorm_clipping allows; for small batches. Default: False.
+        renorm_clipping: bounds of the correction, any of the keys rmax, rmin, dmax. Numbers, tensors of one element, or
+            callables of the number of batches so far, as in :mod:`torch_bn.schedules`. None or a missing key: no bound.
+            Default: None.
+        renorm_momentum: weight of a batch in the averages of renorm; not 0. Default: 0.01.
+        virtual_batch_size: ghost batches: training normalises the examples in groups of at most so many, example i with
+            those of group i % G; for large batches. Default: None.
+        adjustment: called in training with the input's size, returns the (scale, bias) that act before weight and bias:
+            one value per channel, or what broadcasts against the input. Default: None.
         fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
             they can serve.
 
@@ -32,9 +56,14 @@ _ARGUMENTS = """
         running_mean, running_var: buffers, C values each, zeros and ones at first; training moves them towards the
             mean and the unbiased variance of each batch.
         num_batches_tracked: buffer, one int64; training adds one for each batch, an empty one too.
+        renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight: only with renorm; buffers, C, C, 1 and 1
+            values, zeros at first: :class:`torch_bn.functional.RenormState`. A state_dict without them starts them
+            anew; a layer without renorm ignores them.
+        .half() and .bfloat16() leave the statistics in float32: as float16 a variance beyond 65504 would turn infinite.
 
     Raises:
-        ValueError: an input of another rank, one value per channel in training, `axis` out of range.
+        ValueError: an input of another rank, one value per channel (of a group) in training, `axis` out of range,
+            renorm without running statistics, unknown keys in renorm_clipping, virtual_batch_size not positive.
         RuntimeError: an input with another number of channels, or on another device.
         TypeError: `axis` not an int, `fused` not one of its three values.
         The others are those of :func:`torch_bn.functional.batch_norm`. The state does not change then.
@@ -48,7 +77,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     # Defaults on the class, so that an nn.BatchNorm that `convert` has given this class has them as well.
     axis: int = 1
+    renorm: bool = False
+    renorm_clipping: Mapping[str, Any] | None = None
+    renorm_momentum: float = 0.01
+    virtual_batch_size: int | None = None
+    adjustment: Callable[[torch.Size], Any] | None = None
     fused: bool | None = None
+
+    renorm_mean: Tensor
+    renorm_stddev: Tensor
+    renorm_mean_weight: Tensor
+    renorm_stddev_weight: Tensor
 
     def __init__(
         self,
@@ -63,10 +102,23 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         scale: bool = True,
         axis: SupportsIndex = 1,
+        renorm: bool = False,
+        renorm_clipping: Mapping[str, Any] | None = None,
+        renorm_momentum: float = 0.01,
+        virtual_batch_size: int | None = None,
+        adjustment: Callable[[torch.Size], Any] | None = None,
         fused: bool | None = None,
     ) -> None:
         index = self._checked_axis(axis)
-        _check_fused(fused)
+        options = {
+            "renorm": renorm,
+            "renorm_clipping": renorm_clipping,
+            "renorm_momentum": renorm_momentum,
+            "virtual_batch_size": virtual_batch_size,
+            "adjustment": adjustment,
+            "fused": fused,
+        }
+        check_options(options, track_running_stats)
         affine = bool(affine and (scale or bias))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         # torch before 2.13 has no `bias` keyword, and none has `scale`.
@@ -75,7 +127,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.axis = index
-        self.fused = fused
+        self._set_options(options)
+
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        """Sets what :func:`check_options` has let through, and makes or drops the state that renorm needs."""
+        for name, value in options.items():
+            setattr(self, name, value)
+        if "renorm" not in options:
+            return
+        for name in RENORM_STATE:
+            if self.renorm and name not in self._buffers:
+                one = self.running_mean
+                assert one is not None  # check_options() has seen to it
+                zeros = torch.zeros_like(one) if not name.endswith("weight") else one.new_zeros(())
+                self.register_buffer(name, zeros)
+            elif not self.renorm:
+                self._buffers.pop(name, None)
 
     @classmethod
     def _checked_axis(cls, axis: SupportsIndex) -> int:
@@ -87,6 +154,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not -rank <= index < rank:
             raise ValueError(f"{cls.__name__}: axis must be in [{-rank}, {rank - 1}], got {index}")
         return index
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        for name in RENORM_STATE:
+            if name in self._buffers:
+                self._buffers[name].zero_()  # type: ignore[union-attr]
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
@@ -116,6 +189,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         if weight is None and bias is None and running_mean is None:
             self._check_num_features(input)
+        if training and (self.renorm or self.virtual_batch_size is not None or self.adjustment is not None):
+            return _batch_norm_with(
+                *(input, weight, bias, running_mean, running_var, num_batches_tracked, training),
+                *(self.momentum, self.eps, self.axis, self.fused, Extras(renorm=self._renorm_state())),
+                *(self.virtual_batch_size, self.adjustment),
+            )
         return _batch_norm(
             input,
             weight,
@@ -129,6 +208,48 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.axis,
             self.fused,
         )
+
+    def _renorm_state(self) -> Renorm | None:
+        if not self.renorm:
+            return None
+        clipping = self.renorm_clipping
+        step = 0
+        if clipping and any(callable(bound) for bound in clipping.values()):
+            step = int(self.num_batches_tracked) if self.num_batches_tracked is not None else 0
+        return Renorm(
+            self.renorm_mean, self.renorm_stddev, self.renorm_mean_weight, self.renorm_stddev_weight,
+            self.renorm_momentum, *clipping_at(clipping, step),
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_BatchNorm":
+        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new.dtype in _HALVES and old.dtype not in _HALVES:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = [prefix + name for name in RENORM_STATE]
+        absent = self.renorm and not any(name in state_dict for name in names)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
+        if absent:  # a checkpoint of a plain layer
+            missing_keys[:] = [key for key in missing_keys if key not in names]
+            for name in RENORM_STATE:
+                self._buffers[name].zero_()  # type: ignore[union-attr]
 
     def _in_graph_of(self, proxy: object) -> Any:
         """The node of this layer in a graph that torch.fx records. As for torch's own layers it stands for the module,
@@ -157,9 +278,32 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             text += ", scale=False"
         if self.axis != 1:
             text += f", axis={self.axis}"
-        if self.fused is not None:
-            text += f", fused={self.fused}"
+        for name in OPTIONS:
+            if getattr(self, name) != getattr(_BatchNorm, name):
+                text += f", {name}={getattr(self, name)!r}"
         return text
+
+
+OPTIONS = ("renorm", "renorm_clipping", "renorm_momentum", "virtual_batch_size", "adjustment", "fused")
+
+
+def check_options(options: Mapping[str, Any], track_running_stats: bool) -> None:
+    """Raises for values that no layer may have; nothing is changed then."""
+    if options.get("renorm"):
+        if not track_running_stats:
+            raise ValueError("batch_norm: renorm needs running statistics, got track_running_stats=False")
+        check_clipping(options.get("renorm_clipping"))
+        momentum = options.get("renorm_momentum", _BatchNorm.renorm_momentum)
+        check_renorm_momentum(momentum)
+        if momentum == 0:
+            raise ValueError(
+                "batch_norm: renorm_momentum must not be 0, which lets nothing in, got 0"
+            )
+    check_virtual_batch_size(options.get("virtual_batch_size"))
+    adjustment = options.get("adjustment")
+    if adjustment is not None and not callable(adjustment):
+        raise TypeError(f"batch_norm: adjustment must be callable or None, got {adjustment!r}")
+    _check_fused(options.get("fused"))
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -1,12 +1,11 @@
 """Exchanges the batch normalization layers of a model for ours, and back."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
-from .functional import _check_fused
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,7 +17,7 @@ _OURS: dict[type, type] = {
 _TORCHS: dict[type, type] = {ours: torchs for torchs, ours in _OURS.items()}
 
 
-def convert(model: Model, *, fused: bool | None = None) -> Model:
+def convert(model: Model, **options: Any) -> Model:
     """Makes every nn.BatchNorm1d, 2d and 3d of the model the layer of that name of torch_bn. :func:`revert` undoes it.
 
     The layers stay the objects they are and only change their class, because that loses nothing: parameters, buffers,
@@ -27,20 +26,29 @@ def convert(model: Model, *, fused: bool | None = None) -> Model:
 
     Args:
         model: any module; may itself be a batch normalization. nn.SyncBatchNorm, lazy layers and subclasses of other
-            libraries are left alone: they have reasons to be what they are. Layers of torch_bn are, too.
-        fused: for every layer exchanged; see :func:`torch_bn.functional.batch_norm`. Default: None.
+            libraries are left alone: they have reasons to be what they are.
+        options: renorm, renorm_clipping, renorm_momentum, virtual_batch_size, adjustment, fused, as
+            :class:`torch_bn.BatchNorm2d` takes them; set on every layer exchanged, and on layers of torch_bn too, which
+            otherwise are left alone. Their defaults are those of the layer.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError for another value of `fused`; no layer is exchanged then.
+        TypeError for an unknown option; TypeError and ValueError for values that the layers refuse. No layer is changed
+        then.
     """
-    _check_fused(fused)
-    for layer in model.modules():
+    unknown = sorted(set(options) - set(modules.OPTIONS))
+    if unknown:
+        raise TypeError(f"convert: options must be among {', '.join(modules.OPTIONS)}, got {', '.join(unknown)}")
+    layers = [layer for layer in model.modules() if _class(layer) in _OURS or _class(layer) in _TORCHS]
+    modules.check_options(options, True)
+    for layer in layers:
+        modules.check_options(options, getattr(layer, "running_mean", None) is not None)
+    for layer in layers:
         if _class(layer) in _OURS:
             _change_class(layer, _OURS[_class(layer)])
-            vars(layer)["fused"] = fused
+        layer._set_options(options)  # type: ignore[operator]
     return model
 
 
@@ -53,7 +61,8 @@ def revert(model: Model) -> Model:
         model: any module; may itself be a batch normalization. Subclasses of our layers are left alone.
 
     Returns:
-        The same model, whose outputs are the same.
+        The same model, whose outputs in evaluation are the same; what nn.BatchNorm cannot do in training (renorm with
+        its averages, ghost batches, adjustment) is dropped.
 
     Raises:
         ValueError if a layer has an axis other than 1, which nn.BatchNorm cannot have; no layer is exchanged then.
@@ -63,8 +72,9 @@ def revert(model: Model) -> Model:
         if any(layer.axis % rank != 1 for rank in layer._ranks):
             raise ValueError(f"revert: axis must be 1 for nn.BatchNorm, got {layer.axis} in {name or 'the model'!r}")
     for layer in ours.values():
+        layer._set_options({"renorm": False})
         _change_class(layer, _TORCHS[_class(layer)])
-        for option in ("axis", "fused"):
+        for option in ("axis", *modules.OPTIONS):
             vars(layer).pop(option, None)
     return model
 

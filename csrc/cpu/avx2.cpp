@@ -17,7 +17,7 @@ namespace {
 #include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
-const Kernels avx2{"avx2", workspace_bytes, forward, inference, backward};
+const Kernels avx2{"avx2", workspace_bytes, forward, inference, backward, update};
 }  // namespace torch_bn::cpu
 BN_TARGET_END
 #endif

@@ -19,5 +19,5 @@ namespace {
 #include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
-const Kernels baseline{"baseline", workspace_bytes, forward, inference, backward};
+const Kernels baseline{"baseline", workspace_bytes, forward, inference, backward, update};
 }  // namespace torch_bn::cpu

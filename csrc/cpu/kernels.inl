@@ -22,3 +22,15 @@ void backward(const BackwardParams& p, const Executor& executor) {
 void inference(const InferenceParams& p, const Executor& executor) {
   with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor, false); });
 }
+
+template <class T>
+void update_channels(const UpdateParams& p) {
+  const RunningStep step = step_of<T>(p.running);
+  count_batch<T>(p.running, step);
+  for (int64_t c = 0; c < p.channels; ++c)
+    update_running<T>(p.running, step, c, p.statistics[c], p.statistics[p.channels + c], p.eps);
+}
+
+void update(const UpdateParams& p) {
+  with_dtype(p.dtype, [&](auto d) { update_channels<typename decltype(d)::Compute>(p); });
+}

@@ -23,7 +23,7 @@ void join_parts(const Workspace<T>& work, int64_t group, Range channels, const J
 
 /// Moments from slices and columns to coefficients, with the running statistics.
 template <class T>
-void finish_moments(const ForwardParams& p, const Workspace<T>& work, double momentum, Range channels) {
+void finish_moments(const ForwardParams& p, const Workspace<T>& work, const RunningStep& step, Range channels) {
   double *__restrict mean = work.first, *__restrict m2 = work.second;
   for (int64_t group = 0; group < p.extent.groups; ++group)
     join_parts(work, group, channels, [=](int64_t n, int64_t into, int64_t from, double before, double count) {
@@ -40,7 +40,7 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, double mom
       const double count = double(outers[group] * per_outer);
       return repeat == 1 ? Moments{count, mean[at], m2[at]} : merge_equal(repeat, count, mean + at, m2 + at);
     };
-    finish_forward<T>(p, c, momentum, moments_of, [&](int64_t group, const Affine<T>& affine) {
+    finish_forward<T>(p, c, step, moments_of, [&](int64_t group, const Affine<T>& affine) {
       work.set(group, c, 0, affine.center);
       work.set(group, c, 1, affine.scale);
       work.set(group, c, 2, affine.shift);
@@ -54,9 +54,7 @@ template <class T>
 void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
   for (int64_t group = 0; group < p.extent.groups; ++group)
     for (int64_t c = channels.first; c < channels.last; ++c) {
-      const int64_t at = group * p.extent.channels + c;
-      const Affine<T> affine =
-          normalizing_affine<T>(p.mean[at], p.invstd[at], parameter<T>(p.weight, c, 1), parameter<T>(p.bias, c, 0));
+      const Affine<T> affine = corrected_affine<T>(p, group, c, kept_correction(p, c));
       work.set(group, c, 0, affine.center);
       work.set(group, c, 4, affine.scale);
       work.set(group, c, 5, affine.shift);
@@ -153,14 +151,14 @@ struct Forward {
   const ForwardParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
   const bool streamed;
-  double momentum;
+  const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
         mapped(folded_map(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)), momentum(p.momentum) {
-    const int64_t batches = p.num_batches_tracked ? ++*p.num_batches_tracked : 1;
-    if (p.cumulative) momentum = 1 / double(batches);
+        streamed(worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
+        step(step_of<typename D::Compute>(p.running)) {
+    if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
   }
   void prepare(Range) const {}
   void reduce(int64_t group, int64_t slice, Range columns) const {
@@ -174,7 +172,7 @@ struct Forward {
       m2[c] = m.m2;
     }
   }
-  void finish(Range channels) const { finish_moments(given, work, momentum, channels); }
+  void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns) const { normalize<D>(mapped, streamed, work.coefficients, outers, columns); }
 };
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "affine.h"
 #include "moments.h"
+#include "renorm.h"
 #include "running.h"
 
 namespace torch_bn {
@@ -13,29 +14,55 @@ BN_INLINE double parameter(const void* values, long channel, double missing) {
   return values ? double(static_cast<const T*>(values)[channel]) : missing;
 }
 
-/// Calls store(group, affine) for every group. Several groups enter the running statistics with the mean of their
-/// means and of their unbiased variances, in one step.
+/// The correction of one channel that the forward has kept.
+template <class P>
+BN_INLINE Correction kept_correction(const P& p, long channel) {
+  return p.correction ? Correction{p.correction[channel], p.correction[p.extent.channels + channel]} : Correction{1, 0};
+}
+
+/// a + b * d, where d may be none at all and b infinite.
+BN_INLINE double plus(double a, double b, double d) { return d == 0 ? a : a + b * d; }
+
+/// The map of one group: (x_hat * r + d) * gamma + beta.
+template <typename T, class P>
+BN_INLINE Affine<T> corrected_affine(const P& p, long group, long channel, const Correction& correction) {
+  const long at = group * p.extent.channels + channel;
+  const double gamma = parameter<T>(p.weight, channel, 1), beta = parameter<T>(p.bias, channel, 0);
+  return normalizing_affine<T>(p.mean[at], p.invstd[at], gamma * correction.r, plus(beta, gamma, correction.d));
+}
+
+/// Calls store(group, affine) for every group. Several groups share one correction and enter the running statistics in
+/// one step, with the mean of their means and of their variances.
 template <typename T, class P, class MomentsOf, class Store>
-BN_INLINE void finish_forward(const P& p, long channel, double momentum, const MomentsOf& moments_of,
+BN_INLINE void finish_forward(const P& p, long channel, const RunningStep& step, const MomentsOf& moments_of,
                               const Store& store) {
   const long channels = p.extent.channels, groups = p.extent.groups;
-  const double gamma = parameter<T>(p.weight, channel, 1), beta = parameter<T>(p.bias, channel, 0);
+  const bool unbiased = p.unbiased && !p.running.renorm.mean;
   double mean = 0, variance = 0;
   for (long group = 0; group < groups; ++group) {
     const Moments m = moments_of(group);
-    const double invstd = inverse_deviation(biased_variance(m), p.eps);
     p.mean[group * channels + channel] = m.mean;
-    p.invstd[group * channels + channel] = invstd;
-    store(group, normalizing_affine<T>(m.mean, invstd, gamma, beta));
+    p.invstd[group * channels + channel] = inverse_deviation(biased_variance(m), p.eps);
     mean += m.mean;
-    variance += unbiased_variance(m);
+    variance += unbiased ? unbiased_variance(m) : biased_variance(m);
   }
-  const auto update = [&](void* running, double value) {
-    T& old_value = static_cast<T*>(running)[channel];
-    old_value = T(moving_average(old_value, value, momentum));
-  };
-  if (p.running_mean) update(p.running_mean, mean / groups);
-  if (p.running_var) update(p.running_var, variance / groups);
+  mean /= groups;
+  variance /= groups;
+  Correction correction{1, 0};
+  if (p.running.renorm.mean) {
+    const auto average = [&](const void* values) { return double(static_cast<const T*>(values)[channel]); };
+    correction = renorm_correction(p.running.renorm, step.renorm, average(p.running.renorm.mean),
+                                   average(p.running.renorm.stddev), mean, variance, p.eps);
+    p.correction[channel] = correction.r;
+    p.correction[channels + channel] = correction.d;
+  }
+  for (long group = 0; group < groups; ++group) store(group, corrected_affine<T>(p, group, channel, correction));
+  if (p.statistics) {
+    p.statistics[channel] = mean;
+    p.statistics[channels + channel] = variance;
+  } else {
+    update_running<T>(p.running, step, channel, mean, variance, p.eps);
+  }
 }
 
 /// The sums over one group of dz and of dz * (x - center), with center_of the mean.
@@ -48,14 +75,15 @@ template <typename T, class P, class SumsOf, class Store>
 BN_INLINE void finish_backward(const P& p, long channel, const SumsOf& sums_of, const Store& store) {
   const long channels = p.extent.channels, groups = p.extent.groups;
   const double gamma = parameter<T>(p.weight, channel, 1);
+  const Correction correction = kept_correction(p, channel);
   double dgamma = 0, dbeta = 0;
   for (long group = 0; group < groups; ++group) {
     const double mean = p.mean[group * channels + channel], invstd = p.invstd[group * channels + channel];
     const GradientSums s = sums_of(group);
     const double deviation = s.dz_deviation - (mean - double(center_of<T>(mean, invstd))) * s.dz;
-    dgamma += deviation * invstd;
+    dgamma += plus(deviation * invstd * correction.r, s.dz, correction.d);
     dbeta += s.dz;
-    store(group, p.training ? training_gradient<T>(mean, invstd, gamma, s.count, s.dz, deviation)
+    store(group, p.training ? training_gradient<T>(mean, invstd, gamma * correction.r, s.count, s.dz, deviation)
                             : inference_gradient<T>(mean, invstd, gamma));
   }
   if (p.dweight) static_cast<T*>(p.dweight)[channel] = T(dgamma);

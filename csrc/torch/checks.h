@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -13,6 +14,11 @@ namespace torch_bn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+/// The averages of Batch Renormalization, all present or none.
+struct RenormTensors {
+  const OptionalTensor &mean, &stddev, &mean_weight, &stddev_weight;
+};
+
 /// What the operators share. Absent tensors are nullopt.
 struct Arguments {
   const at::Tensor& input;
@@ -21,6 +27,15 @@ struct Arguments {
   std::optional<double> momentum;
   double eps;
   int64_t axis;
+  bool strict;
+};
+
+/// What only training has beside them.
+struct TrainingArguments {
+  int64_t groups;
+  RenormTensors renorm;
+  double renorm_momentum;
+  const OptionalTensor& statistics;
 };
 
 inline bool is_float(const at::Tensor& t) {
@@ -83,20 +98,75 @@ inline int64_t check_axis(const at::Tensor& input, int64_t axis) {
   return axis < 0 ? axis + rank : axis;
 }
 
+inline void check_numel(const OptionalTensor& tensor, const char* name, int64_t count) {
+  TORCH_CHECK_VALUE(!tensor || tensor->numel() == count, "batch_norm: ", name, " must have ", count,
+                    count == 1 ? " element, got " : " elements, got ", tensor ? tensor->numel() : 0);
+}
+
+inline void check_counter(const OptionalTensor& counter, const at::Tensor& input) {
+  if (!counter) return;
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong, "batch_norm: num_batches_tracked must be Long, got ",
+                   counter->scalar_type());
+  check_device(*counter, "num_batches_tracked", input);
+  check_numel(counter, "num_batches_tracked", 1);
+}
+
+inline void check_renorm(const RenormTensors& renorm, double momentum, const at::Tensor& input, int64_t channels) {
+  const OptionalTensor* tensors[] = {&renorm.mean, &renorm.stddev, &renorm.mean_weight, &renorm.stddev_weight};
+  const char* names[] = {"renorm_mean", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight"};
+  for (int i = 0; i < 4; ++i) {
+    TORCH_CHECK_VALUE(tensors[i]->has_value() == renorm.mean.has_value(), "batch_norm: ", names[i],
+                      " must be given with renorm_mean and not without, got ", tensors[i]->has_value() ? "it" : "None");
+    check_numel(*tensors[i], names[i], i < 2 ? channels : 1);
+    check_kind(*tensors[i], names[i], input);
+    check_constant(*tensors[i], names[i]);
+  }
+  TORCH_CHECK_VALUE(!renorm.mean || momentum != 0,
+                    "batch_norm: renorm_momentum must not be 0, which lets nothing in, got 0.0");
+}
+
+inline void check_statistics(const OptionalTensor& statistics, const at::Tensor& input, int64_t channels) {
+  if (!statistics) return;
+  TORCH_CHECK_VALUE(statistics->scalar_type() == at::kDouble && statistics->is_contiguous() && statistics->dim() == 2 &&
+                        statistics->size(0) == 2 && statistics->size(1) == channels,
+                    "batch_norm: statistics must be contiguous Double of [2, ", channels, "], got ",
+                    statistics->scalar_type(), " of ", statistics->sizes());
+  check_device(*statistics, "statistics", input);
+}
+
+inline void check_groups(const at::Tensor& input, int64_t axis, int64_t groups) {
+  if (groups == 1) return;
+  TORCH_CHECK_VALUE(axis != 0, "batch_norm: groups divide the examples of dimension 0, so axis must be another, got 0");
+  TORCH_CHECK_VALUE(groups >= 1 && groups <= std::max<int64_t>(1, input.size(0)), "batch_norm: groups must be in [1, ",
+                    std::max<int64_t>(1, input.size(0)), "], the number of examples, got ", groups);
+}
+
 inline void check_dtype(const at::Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_float(input), "\"batch_norm\" not implemented for '", input.scalar_type(), "'");
 }
 
-/// Throws for bad arguments, before anything is changed; otherwise returns the axis counted from 0.
-inline int64_t check(const Arguments& a) {
-  const at::Tensor& input = a.input;
-  const int64_t axis = check_axis(input, a.axis);
-  TORCH_CHECK_VALUE(!a.training || values_per_channel(input, axis) != 1,
-                    "Expected more than 1 value per channel when training, got input size torch.Size(", input.sizes(),
-                    ")");
+/// Whether the smallest group has a single value per channel.
+inline bool has_single_values(const at::Tensor& input, int64_t axis, int64_t groups) {
+  const int64_t values = values_per_channel(input, axis);
+  return values > 0 && (groups == 1 ? values : input.size(0) / groups * (values / input.size(0))) == 1;
+}
+
+/// What torch refuses and TensorFlow does not.
+inline void check_strictly(const Arguments& a, int64_t axis, int64_t groups) {
+  TORCH_CHECK_VALUE(!a.training || !has_single_values(a.input, axis, groups),
+                    "Expected more than 1 value per channel when training, got input size torch.Size(", a.input.sizes(),
+                    ")", groups > 1 ? " in " + std::to_string(groups) + " groups" : "");
   TORCH_CHECK_VALUE(!a.training || a.eps > 0, "batch_norm eps must be positive during training, but got ",
                     python_float(a.eps));
   TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", python_float(a.eps));
+}
+
+/// Throws for bad arguments, before anything is changed; otherwise returns the axis counted from 0.
+inline int64_t check(const Arguments& a, const TrainingArguments* t = nullptr) {
+  const at::Tensor& input = a.input;
+  const int64_t axis = check_axis(input, a.axis);
+  if (t) check_groups(input, axis, t->groups);
+  if (a.strict) check_strictly(a, axis, t ? t->groups : 1);
 
   const int64_t channels = input.size(axis);
   check_buffer(a.running_mean, "running_mean", channels, a.training);
@@ -113,36 +183,50 @@ inline int64_t check(const Arguments& a) {
   check_kind(a.bias, "bias", input);
   check_kind(a.running_mean, "running_mean", input);
   check_kind(a.running_var, "running_var", input);
-  if (a.num_batches_tracked) {
-    const at::Tensor& counter = *a.num_batches_tracked;
-    TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, "batch_norm: num_batches_tracked must be Long, got ",
-                     counter.scalar_type());
-    check_device(counter, "num_batches_tracked", input);
-    TORCH_CHECK_VALUE(counter.numel() == 1, "batch_norm: num_batches_tracked must have 1 element, got ",
-                      counter.numel());
-  }
+  check_counter(a.num_batches_tracked, input);
   check_constant(a.running_mean, "running_mean");
   check_constant(a.running_var, "running_var");
+  if (t) {
+    check_renorm(t->renorm, t->renorm_momentum, input, channels);
+    check_statistics(t->statistics, input, channels);
+  }
   return axis;
+}
+
+/// The same for what enters a batch's statistics into the running ones.
+inline void check_update(const at::Tensor& statistics, const OptionalTensor& running_mean,
+                         const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                         std::optional<double> momentum, const RenormTensors& renorm, double renorm_momentum) {
+  const int64_t channels = statistics.dim() == 2 ? statistics.size(1) : 0;
+  check_statistics(statistics, statistics, channels);
+  check_buffer(running_mean, "running_mean", channels, true);
+  check_buffer(running_var, "running_var", channels, true);
+  check_kind(running_mean, "running_mean", statistics);
+  check_kind(running_var, "running_var", statistics);
+  TORCH_CHECK_VALUE(momentum || !running_mean || num_batches_tracked,
+                    "batch_norm: momentum=None averages over all batches and needs num_batches_tracked, got None");
+  check_counter(num_batches_tracked, statistics);
+  check_renorm(renorm, renorm_momentum, statistics, channels);
 }
 
 /// The same for the backward operator, whose other arguments come from the forward one.
 inline int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                              const at::Tensor& mean, const at::Tensor& invstd, int64_t axis) {
+                              const at::Tensor& saved, int64_t axis, int64_t groups) {
   axis = check_axis(input, axis);
+  check_groups(input, axis, groups);
   check_dtype(input);
-  check_length(weight, "weight", input.size(axis));
+  const int64_t channels = input.size(axis);
+  check_length(weight, "weight", channels);
   check_kind(weight, "weight", input);
   TORCH_CHECK(is_float(grad_output) && grad_output.sizes() == input.sizes(),
               "batch_norm: grad_output must be floating point with the input's shape ", input.sizes(), ", got ",
               grad_output.scalar_type(), " with ", grad_output.sizes());
   check_device(grad_output, "grad_output", input);
-  for (const auto& [tensor, name] : {std::pair{&mean, "mean"}, {&invstd, "invstd"}}) {
-    TORCH_CHECK(tensor->scalar_type() == at::kDouble && tensor->numel() == input.size(axis), "batch_norm: ", name,
-                " must be Double with ", input.size(axis), " elements, got ", tensor->scalar_type(), " with ",
-                tensor->numel());
-    check_device(*tensor, name, input);
-  }
+  TORCH_CHECK(saved.scalar_type() == at::kDouble && saved.dim() == 2 && saved.is_contiguous() &&
+                  (saved.size(0) == 2 * groups || saved.size(0) == 2 * groups + 2) && saved.size(1) == channels,
+              "batch_norm: saved must be contiguous Double of [", 2 * groups, " or ", 2 * groups + 2, ", ", channels,
+              "], got ", saved.scalar_type(), " of ", saved.sizes());
+  check_device(saved, "saved", input);
   return axis;
 }
 

@@ -31,7 +31,7 @@ inline std::optional<int64_t> merged(const at::Tensor& t, const int64_t* first, 
 class Layout {
  public:
   /// That of the output for `input`: channels_last where the input suggests it, else contiguous.
-  Layout(const at::Tensor& input, int64_t axis);
+  Layout(const at::Tensor& input, int64_t axis, int64_t groups = 1);
 
   const Extent& extent() const { return extent_; }
 
@@ -52,13 +52,13 @@ class Layout {
   Extent extent_;
 };
 
-inline Layout::Layout(const at::Tensor& input, int64_t axis)
+inline Layout::Layout(const at::Tensor& input, int64_t axis, int64_t groups)
     : format_(input.suggest_memory_format()), sizes_(input.sizes().begin(), input.sizes().end()), axis_(axis) {
   const bool channels_last = format_ == at::MemoryFormat::ChannelsLast || format_ == at::MemoryFormat::ChannelsLast3d;
   if (channels_last) order_.push_back(1);
   for (int64_t i = input.dim() - 1; i >= 0; --i)
     if (!channels_last || i != 1) order_.push_back(i);
-  if (sizes_[axis] == 1) {  // one channel: everything is one plane, whatever the place of the axis
+  if (sizes_[axis] == 1 && groups == 1) {  // everything is one plane, whatever the place of the axis
     order_.erase(std::find(order_.begin(), order_.end(), axis));
     order_.push_back(axis);
   }
@@ -69,6 +69,10 @@ inline Layout::Layout(const at::Tensor& input, int64_t axis)
       outer = true;
     else
       (outer ? extent_.outer : extent_.inner) *= sizes_[i];
+  }
+  if (groups > 1 && sizes_[0] > 0) {  // then the examples, dimension 0, are outermost
+    extent_.groups = groups;
+    extent_.outer_per_example = extent_.outer / sizes_[0];
   }
 }
 

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <fstream>
+#include <limits>
 
 #include "../kernels.h"
 #include "checks.h"
@@ -93,28 +94,72 @@ at::ScalarType parameter_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+/// Running of the kernels, with the copies that some buffers need.
+class RunningBuffers {
+ public:
+  RunningBuffers(const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& num_batches_tracked,
+                 const RenormTensors& renorm, at::ScalarType type)
+      : mean_(mean, type), var_(var, type), counter_(num_batches_tracked, at::kLong), renorm_mean_(renorm.mean, type),
+        renorm_stddev_(renorm.stddev, type), renorm_mean_weight_(renorm.mean_weight, type),
+        renorm_stddev_weight_(renorm.stddev_weight, type) {}
+
+  Running running(std::optional<double> momentum, double renorm_momentum, std::optional<double> rmin = {},
+                  std::optional<double> rmax = {}, std::optional<double> dmax = {}) {
+    constexpr double kNoBound = std::numeric_limits<double>::infinity();
+    return {.mean = mean_.data(),
+            .var = var_.data(),
+            .num_batches_tracked = static_cast<int64_t*>(counter_.data()),
+            .momentum = momentum.value_or(0),
+            .cumulative = !momentum,
+            .renorm = {.mean = renorm_mean_.data(),
+                       .stddev = renorm_stddev_.data(),
+                       .mean_weight = renorm_mean_weight_.data(),
+                       .stddev_weight = renorm_stddev_weight_.data(),
+                       .momentum = renorm_momentum,
+                       .rmin = rmin.value_or(-kNoBound),
+                       .rmax = rmax.value_or(kNoBound),
+                       .dmax = dmax.value_or(kNoBound)}};
+  }
+  void write_back() {
+    for (Buffer* buffer : {&mean_, &var_, &counter_, &renorm_mean_, &renorm_stddev_, &renorm_mean_weight_,
+                           &renorm_stddev_weight_})
+      buffer->write_back();
+  }
+
+ private:
+  Buffer mean_, var_, counter_, renorm_mean_, renorm_stddev_, renorm_mean_weight_, renorm_stddev_weight_;
+};
+
+std::tuple<at::Tensor, at::Tensor> forward(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-    std::optional<double> momentum, double eps, int64_t axis) {
-  axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis});
-  const Layout layout(input, axis);
+    std::optional<double> momentum, double eps, int64_t axis, int64_t groups, bool unbiased, bool strict,
+    const OptionalTensor& renorm_mean, const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
+    const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
+    std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics) {
+  const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
+  const TrainingArguments more{groups, renorm, renorm_momentum, statistics};
+  axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict},
+               &more);
+  const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
+  const int64_t channels = extent.channels;
   at::Tensor output = layout.empty(input.options());
-  const auto statistics = input.options().dtype(at::kDouble).memory_format(std::nullopt);
-  at::Tensor mean = at::empty({extent.channels}, statistics), invstd = at::empty({extent.channels}, statistics);
+  at::Tensor saved = at::empty({2 * groups + (renorm_mean ? 2 : 0), channels},
+                               input.options().dtype(at::kDouble).memory_format(std::nullopt));
   if (input.numel() == 0) {
-    if (num_batches_tracked) num_batches_tracked->add_(1);
-    return {output, mean.zero_(), invstd.zero_()};
+    if (!statistics && num_batches_tracked) num_batches_tracked->add_(1);
+    return {output, saved.zero_()};
   }
   at::Tensor x = input;
   const Strides x_strides = layout.fit(x);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type);
-  Buffer new_mean(running_mean, type), new_var(running_var, type), counter(num_batches_tracked, at::kLong);
+  RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
   const Kernels& kernels = cpu::selected();
   const DType dtype = dtype_of(input);
   Workspace workspace(kernels.workspace(dtype, extent), input);
+  double* const rows = saved.mutable_data_ptr<double>();
   kernels.forward({.dtype = dtype,
                    .extent = extent,
                    .x = x.const_data_ptr(),
@@ -124,24 +169,39 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
                    .weight = gamma.data(),
                    .bias = beta.data(),
                    .eps = eps,
-                   .mean = mean.mutable_data_ptr<double>(),
-                   .invstd = invstd.mutable_data_ptr<double>(),
-                   .running_mean = new_mean.data(),
-                   .running_var = new_var.data(),
-                   .num_batches_tracked = static_cast<int64_t*>(counter.data()),
-                   .momentum = momentum.value_or(0),
-                   .cumulative = !momentum,
+                   .mean = rows,
+                   .invstd = rows + groups * channels,
+                   .correction = renorm_mean ? rows + 2 * groups * channels : nullptr,
+                   .running = buffers.running(momentum, renorm_momentum, rmin, rmax, dmax),
+                   .unbiased = unbiased,
+                   .statistics = statistics ? statistics->mutable_data_ptr<double>() : nullptr,
                    .workspace = workspace.data()},
                   host_threads());
-  new_mean.write_back();
-  new_var.write_back();
-  counter.write_back();
-  return {output, mean, invstd};
+  if (!statistics) buffers.write_back();
+  return {output, saved};
+}
+
+void update_statistics(const at::Tensor& statistics, const OptionalTensor& running_mean,
+                       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                       std::optional<double> momentum, double eps, const OptionalTensor& renorm_mean,
+                       const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
+                       const OptionalTensor& renorm_stddev_weight, double renorm_momentum) {
+  const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
+  check_update(statistics, running_mean, running_var, num_batches_tracked, momentum, renorm, renorm_momentum);
+  const auto type = running_mean && running_mean->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
+  cpu::selected().update({.dtype = type == at::kDouble ? DType::f64 : DType::f32,
+                          .channels = statistics.size(1),
+                          .statistics = statistics.const_data_ptr<double>(),
+                          .eps = eps,
+                          .running = buffers.running(momentum, renorm_momentum)});
+  buffers.write_back();
 }
 
 at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis) {
-  axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis});
+                     const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis,
+                     bool strict) {
+  axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict});
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
   at::Tensor output = layout.empty(input.options());
@@ -170,23 +230,24 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                        const OptionalTensor& weight, const at::Tensor& mean,
-                                                        const at::Tensor& invstd, bool training, double /*eps*/,
-                                                        int64_t axis, bool needs_input_grad) {
-  axis = check_backward(grad_output, input, weight, mean, invstd, axis);
-  const Layout layout(input, axis);
+                                                        const OptionalTensor& weight, const at::Tensor& saved,
+                                                        bool training, double /*eps*/, int64_t axis, int64_t groups,
+                                                        bool needs_input_grad) {
+  axis = check_backward(grad_output, input, weight, saved, axis, groups);
+  const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
+  const int64_t channels = extent.channels;
   const auto parameters = input.options().dtype(parameter_type(input)).memory_format(std::nullopt);
   at::Tensor grad_input = needs_input_grad ? layout.empty(input.options()) : at::empty({0}, input.options());
-  if (input.numel() == 0)
-    return {grad_input, at::zeros({extent.channels}, parameters), at::zeros({extent.channels}, parameters)};
-  at::Tensor grad_weight = at::empty({extent.channels}, parameters), grad_bias = at::empty({extent.channels}, parameters);
+  if (input.numel() == 0) return {grad_input, at::zeros({channels}, parameters), at::zeros({channels}, parameters)};
+  at::Tensor grad_weight = at::empty({channels}, parameters), grad_bias = at::empty({channels}, parameters);
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
   const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
-  const Parameter gamma(weight, parameter_type(input)), batch_mean(mean, at::kDouble), batch_invstd(invstd, at::kDouble);
+  const Parameter gamma(weight, parameter_type(input));
   const Kernels& kernels = cpu::selected();
   const DType dtype = dtype_of(input);
   Workspace workspace(kernels.workspace(dtype, extent), input);
+  const double* const rows = saved.const_data_ptr<double>();
   kernels.backward({.dtype = dtype,
                     .extent = extent,
                     .training = training,
@@ -196,8 +257,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                     .x_strides = x_strides,
                     .weight = gamma.data(),
                     .bias = nullptr,
-                    .mean = static_cast<const double*>(batch_mean.data()),
-                    .invstd = static_cast<const double*>(batch_invstd.data()),
+                    .mean = rows,
+                    .invstd = rows + groups * channels,
+                    .correction = saved.size(0) > 2 * groups ? rows + 2 * groups * channels : nullptr,
                     .dx = needs_input_grad ? grad_input.mutable_data_ptr() : nullptr,
                     .dx_strides = needs_input_grad ? *layout.strides(grad_input) : Strides{},
                     .dweight = grad_weight.mutable_data_ptr(),
@@ -212,26 +274,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 TORCH_LIBRARY(torch_bn, m) {
   // What users call: training normalises with the statistics of the batch and moves the running ones, else the running
   // ones are used. momentum None averages over all batches. Differentiable any number of times.
+  // groups: example i is normalised with the others of group i % groups. unbiased: of the variance that enters
+  // running_var. strict: refuse what torch refuses, one value per channel and eps that is not positive. renorm_*: the
+  // averages of Batch Renormalization, which then corrects what training normalises, within the bounds. statistics:
+  // float64 [2, C]; it receives what would have entered the running statistics, which then stay.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int axis) -> Tensor",
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int axis, int groups=1, "
+      "bool unbiased=True, bool strict=True, Tensor(d!)? renorm_mean=None, Tensor(e!)? renorm_stddev=None, "
+      "Tensor(f!)? renorm_mean_weight=None, Tensor(g!)? renorm_stddev_weight=None, float renorm_momentum=0.01, "
+      "float? rmin=None, float? rmax=None, float? dmax=None, Tensor(h!)? statistics=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  // The two directions of that, below autograd. mean and invstd: float64 [C].
+  // The two directions of that, below autograd. saved: float64 [2 * groups, C], the means and then the inverse
+  // deviations of the groups; with renorm two rows more, the corrections r and d.
   m.def(
       "_batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis) "
-      "-> (Tensor output, Tensor mean, Tensor invstd)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis, int groups, "
+      "bool unbiased, bool strict, Tensor(d!)? renorm_mean, Tensor(e!)? renorm_stddev, "
+      "Tensor(f!)? renorm_mean_weight, Tensor(g!)? renorm_stddev_weight, float renorm_momentum, float? rmin, "
+      "float? rmax, float? dmax, Tensor(h!)? statistics) -> (Tensor output, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-      "float eps, int axis) -> Tensor",
+      "float eps, int axis, bool strict) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  // training: mean and invstd depend on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
+  // training: saved depends on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
   // Without needs_input_grad, grad_input is empty.
   m.def(
-      "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, "
-      "bool training, float eps, int axis, bool needs_input_grad) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, float eps, "
+      "int axis, int groups, bool needs_input_grad) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+  // Enters what batch_norm has written to `statistics` into the running ones.
+  m.def(
+      "update_statistics(Tensor statistics, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps, Tensor(d!)? renorm_mean=None, "
+      "Tensor(e!)? renorm_stddev=None, Tensor(f!)? renorm_mean_weight=None, Tensor(g!)? renorm_stddev_weight=None, "
+      "float renorm_momentum=0.01) -> ()",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -239,6 +317,7 @@ TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
   m.impl("_batch_norm_forward", &forward);
   m.impl("_batch_norm_inference", &inference);
   m.impl("_batch_norm_backward", &backward);
+  m.impl("update_statistics", &update_statistics);
 }
 
 }  // namespace torch_bn

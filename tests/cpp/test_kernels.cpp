@@ -99,16 +99,17 @@ struct Case {
   Activation activation;
   bool residual, affine, padded;  // padded: x and dy are cut out of larger tensors
   bool expanded;                  // dy repeats one plane or row
+  bool renorm, unbiased;
   double mean, deviation;
 };
 
 std::string describe(const Kernels& k, const Case& c, const char* what) {
   char text[300];
-  std::snprintf(text, sizeof text, "%s %s [%ld, %ld, %ld] per example %ld groups %ld%s%s%s%s%s mean %g: %s", k.name,
+  std::snprintf(text, sizeof text, "%s %s [%ld, %ld, %ld] per example %ld groups %ld%s%s%s%s%s%s%s mean %g: %s", k.name,
                 name_of(c.dtype), long(c.extent.outer), long(c.extent.channels), long(c.extent.inner),
                 long(c.extent.outer_per_example), long(c.extent.groups), c.activation == Activation::relu ? " relu" : "",
                 c.residual ? " residual" : "", c.affine ? " affine" : "", c.padded ? " padded" : "",
-                c.expanded ? " expanded" : "", c.mean, what);
+                c.expanded ? " expanded" : "", c.renorm ? " renorm" : "", c.unbiased ? " unbiased" : "", c.mean, what);
   return text;
 }
 
@@ -155,7 +156,13 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
   }
   Parameters weight(c.dtype, gamma), bias(c.dtype, beta), running_mean(c.dtype, old_mean), running_var(c.dtype, old_var);
   Parameters dweight(c.dtype, std::vector<double>(C, NAN)), dbias(c.dtype, std::vector<double>(C, NAN));
-  std::vector<double> mean(G * C, NAN), invstd(G * C, NAN);
+  std::vector<double> mean(G * C, NAN), invstd(G * C, NAN), correction(2 * C, NAN), old_renorm_mean(C), old_stddev(C);
+  for (int64_t i = 0; i < C; ++i) {
+    old_renorm_mean[i] = float(0.4 * (c.mean + 0.5 * normal(random)));  // of weight 0.4
+    old_stddev[i] = float(0.5 * c.deviation * (1 + 0.2 * normal(random)));  // of weight 0.5
+  }
+  Parameters renorm_mean(c.dtype, old_renorm_mean), renorm_stddev(c.dtype, old_stddev);
+  Parameters weights[] = {Parameters(c.dtype, {0.4f}), Parameters(c.dtype, {0.5f})};
   int64_t batches = 3;
   std::vector<char> workspace(kernels.workspace(c.dtype, e) + 64);
   void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64);
@@ -165,9 +172,19 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
                   .residual = c.residual ? residual.bytes.get() : nullptr, .residual_strides = ys, .y = y.bytes.get(),
                   .y_strides = ys, .weight = c.affine ? weight.values.bytes.get() : nullptr,
                   .bias = c.affine ? bias.values.bytes.get() : nullptr, .eps = eps, .mean = mean.data(),
-                  .invstd = invstd.data(), .running_mean = running_mean.values.bytes.get(),
-                  .running_var = running_var.values.bytes.get(), .num_batches_tracked = &batches, .momentum = 0.3,
-                  .cumulative = false, .workspace = aligned};
+                  .invstd = invstd.data(), .correction = c.renorm ? correction.data() : nullptr,
+                  .running = {.mean = running_mean.values.bytes.get(), .var = running_var.values.bytes.get(),
+                              .num_batches_tracked = &batches, .momentum = 0.3, .cumulative = false, .renorm = {}},
+                  .unbiased = c.unbiased, .workspace = aligned};
+  if (c.renorm)
+    f.running.renorm = {.mean = renorm_mean.values.bytes.get(), .stddev = renorm_stddev.values.bytes.get(),
+                        .mean_weight = weights[0].values.bytes.get(), .stddev_weight = weights[1].values.bytes.get(),
+                        .momentum = 0.2, .rmin = 0.8, .rmax = 1.1, .dmax = 0.4};
+  std::vector<double> kept(2 * C, NAN);
+  f.statistics = kept.data(), f.y = y2.bytes.get();
+  kernels.forward(f, threaded);
+  check(batches == 3 && running_mean.values.get(0) == old_mean[0], describe(kernels, c, "statistics are only kept"));
+  f.statistics = nullptr, f.y = y.bytes.get();
   kernels.forward(f, serial);
   check(batches == 4, describe(kernels, c, "the counter"));
 
@@ -196,8 +213,25 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
     worst_stats = std::max(worst_stats, std::fabs(invstd[k] / scale - 1) / (fine + rounding) / 2);
   }
   check(worst_stats <= 1, describe(kernels, c, ("statistics, error over bound " + std::to_string(worst_stats)).c_str()));
+  // What a batch brings: the mean of its groups. Renorm wants the biased variance.
+  std::vector<double> batch_mean(C), batch_var(C), r(C, 1), d(C, 0);
+  for (int64_t ch = 0; ch < C; ++ch) {
+    for (int64_t g = 0; g < G; ++g) {
+      const long double count = n[g * C + ch];
+      batch_mean[ch] += double(m[g * C + ch]) / G;
+      batch_var[ch] += double(v[g * C + ch] / (c.unbiased && !c.renorm ? std::max(count - 1, 1.0L) : count)) / G;
+    }
+    if (!c.renorm) continue;
+    const double stddev = std::sqrt(batch_var[ch] + eps), to = old_stddev[ch] + double(1 - 0.5f) * stddev;
+    r[ch] = std::min(std::max(stddev / to, 0.8), 1.1);
+    d[ch] = std::min(std::max((batch_mean[ch] - old_renorm_mean[ch] - double(1 - 0.4f) * batch_mean[ch]) / to, -0.4), 0.4);
+    const double far = 1e-5 + 1e-6 * std::fabs(c.mean) / stddev;
+    check(std::fabs(correction[ch] - r[ch]) < 1e-5 && std::fabs(correction[C + ch] - d[ch]) < far,
+          describe(kernels, c, "r and d"));
+    r[ch] = correction[ch], d[ch] = correction[C + ch];
+  }
   const auto z_at = [&](int64_t o, int64_t ch, int64_t i, int64_t k) {
-    const double xhat = double((x_at(o, ch, i) - m[k]) / std::sqrt(v[k] / n[k] + eps));
+    const double xhat = double((x_at(o, ch, i) - m[k]) / std::sqrt(v[k] / n[k] + eps)) * r[ch] + d[ch];
     return xhat * gamma[ch] + beta[ch] + (c.residual ? residual.get(offset(e, ys, o, ch, i)) : 0);
   };
   each([&](int64_t o, int64_t ch, int64_t i, int64_t k) {
@@ -206,31 +240,36 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
     worst = std::max(worst, std::fabs(y.get(offset(e, ys, o, ch, i)) - want) / (1 + std::fabs(want)));
   });
   check(worst <= 4 * unit + rounding, describe(kernels, c, ("y, error " + std::to_string(worst / unit)).c_str()));
+  const auto differs = [](double got, double want) { return std::fabs(got - want) / (1 + std::fabs(want)); };
   for (int64_t ch = 0; ch < C; ++ch) {
-    double mean_of_means = 0, mean_of_variances = 0;
-    for (int64_t g = 0; g < G; ++g) {
-      mean_of_means += double(m[g * C + ch]) / G;
-      mean_of_variances += double(v[g * C + ch] / std::max(n[g * C + ch] - 1, 1.0L)) / G;
+    worst_running = std::max({worst_running, differs(kept[ch], batch_mean[ch]), differs(kept[C + ch], batch_var[ch])});
+    double mean_entered = batch_mean[ch], var_entered = batch_var[ch];
+    if (c.renorm) {
+      const double average = 0.8 * old_renorm_mean[ch] + 0.2 * batch_mean[ch];
+      const double stddev = 0.8 * old_stddev[ch] + 0.2 * std::sqrt(batch_var[ch] + eps);
+      worst_running = std::max({worst_running, differs(renorm_mean.values.get(ch), average),
+                                differs(renorm_stddev.values.get(ch), stddev)});
+      mean_entered = average / (0.8 * 0.4f + 0.2), var_entered = std::pow(stddev / (0.8 * 0.5f + 0.2), 2) - eps;
     }
-    const double want_mean = 0.7 * old_mean[ch] + 0.3 * mean_of_means, want_var = 0.7 * old_var[ch] + 0.3 * mean_of_variances;
-    worst_running = std::max(worst_running, std::fabs(running_mean.values.get(ch) - want_mean) / (1 + std::fabs(want_mean)));
-    worst_running = std::max(worst_running, std::fabs(running_var.values.get(ch) - want_var) / (1 + std::fabs(want_var)));
+    worst_running = std::max({worst_running, differs(running_mean.values.get(ch), 0.7 * old_mean[ch] + 0.3 * mean_entered),
+                              differs(running_var.values.get(ch), 0.7 * old_var[ch] + 0.3 * var_entered)});
   }
+  if (c.renorm) worst_running = std::max(worst_running, differs(weights[1].values.get(0), 0.8 * 0.5 + 0.2));
   check(worst_running < 1e-5, describe(kernels, c, "running statistics"));
 
   // Neither the number of threads nor the size of the cache changes a bit.
-  f.y = y2.bytes.get();
-  kernels.forward(f, threaded);
   check(!std::memcmp(y.bytes.get(), y2.bytes.get(), y.count * size_of(c.dtype)), describe(kernels, c, "threads or the cache change y"));
 
   BackwardParams b{.dtype = c.dtype, .extent = e, .activation = c.activation, .training = true, .dy = dy.bytes.get(),
                    .dy_strides = dys, .x = x.bytes.get(), .x_strides = xs,
                    .residual = c.residual ? residual.bytes.get() : nullptr, .residual_strides = ys, .weight = f.weight,
-                   .bias = f.bias, .mean = mean.data(), .invstd = invstd.data(), .dx = dx.bytes.get(), .dx_strides = ys,
+                   .bias = f.bias, .mean = mean.data(), .invstd = invstd.data(), .correction = f.correction, .dx = dx.bytes.get(), .dx_strides = ys,
                    .dresidual = c.residual ? dresidual.bytes.get() : nullptr, .dresidual_strides = ys,
                    .dweight = dweight.values.bytes.get(), .dbias = dbias.values.bytes.get(), .workspace = aligned};
   for (bool training : {true, false}) {
     b.training = training;
+    b.correction = training ? f.correction : nullptr;
+    if (!training) r.assign(C, 1), d.assign(C, 0);
     kernels.backward(b, training ? serial : threaded);
     const auto dz_at = [&](int64_t o, int64_t ch, int64_t i, int64_t k) {
       const double gradient = dy.get(offset(e, dys, o, ch, i));
@@ -247,8 +286,8 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
       const double scale = double(1 / std::sqrt(v[k] / n[k] + eps)), xhat = double(x_at(o, ch, i) - m[k]) * scale;
       const double dz = dz_at(o, ch, i, k);
       double want = gamma[ch] * scale * dz;
-      if (training) want = gamma[ch] * scale * (dz - s1[k] / double(n[k]) - xhat * s2[k] / double(n[k]));
-      const double size = std::fabs(gamma[ch] * scale) * (std::fabs(dz) + size1[k] / double(n[k]) + std::fabs(xhat) * size2[k] / double(n[k]));
+      if (training) want = gamma[ch] * r[ch] * scale * (dz - s1[k] / double(n[k]) - xhat * s2[k] / double(n[k]));
+      const double size = std::fabs(gamma[ch] * r[ch] * scale) * (std::fabs(dz) + size1[k] / double(n[k]) + std::fabs(xhat) * size2[k] / double(n[k]));
       // An element at the activation's kink may fall on either side.
       const bool kink = c.activation == Activation::relu && std::fabs(z_at(o, ch, i, k)) < 1e-4;
       if (!kink) worst_dx = std::max(worst_dx, std::fabs(dx.get(offset(e, ys, o, ch, i)) - want) / size / (unit + fine));
@@ -257,7 +296,8 @@ void run_case(const Kernels& kernels, const Case& c, unsigned seed) {
     });
     for (int64_t ch = 0; ch < C; ++ch) {
       double dgamma = 0, dbeta = 0, size = 1e-3;
-      for (int64_t g = 0; g < G; ++g) dgamma += s2[g * C + ch], dbeta += s1[g * C + ch], size += size1[g * C + ch] + size2[g * C + ch];
+      for (int64_t g = 0; g < G; ++g)
+        dgamma += s2[g * C + ch] * r[ch] + d[ch] * s1[g * C + ch], dbeta += s1[g * C + ch], size += size1[g * C + ch] + size2[g * C + ch];
       worst_parameters = std::max(worst_parameters, std::fabs(dweight.values.get(ch) - dgamma) / size / fine);
       worst_parameters = std::max(worst_parameters, std::fabs(dbias.values.get(ch) - dbeta) / size / fine);
     }
@@ -346,8 +386,9 @@ void check_special(const Kernels& kernels) {
     std::vector<char> workspace(kernels.workspace(DType::f32, e) + 64);
     kernels.forward({.dtype = DType::f32, .extent = e, .x = x.bytes.get(), .x_strides = s, .y = y.bytes.get(), .y_strides = s,
                      .weight = nullptr, .bias = nullptr, .eps = 1e-5, .mean = mean.data(), .invstd = invstd.data(),
-                     .running_mean = running_mean.data(), .running_var = running_var.data(), .num_batches_tracked = nullptr,
-                     .momentum = 1, .cumulative = false, .workspace = workspace.data()}, serial);
+                     .running = {.mean = running_mean.data(), .var = running_var.data(), .momentum = 1, .cumulative = false,
+                                 .renorm = {}},
+                     .unbiased = true, .workspace = workspace.data()}, serial);
     const auto y_at = [&](int64_t channel) { return y.get(offset(e, s, 0, channel, 0)); };
     const std::string where = std::string(kernels.name) + " [" + std::to_string(e.outer) + ", " + std::to_string(e.inner) + "] ";
     check(std::isnan(mean[0]) && std::isnan(y_at(0)) && std::isnan(running_var[0]), where + "NaN spreads over its channel");
@@ -385,7 +426,8 @@ int main() {
           const double mean = variant == 0 ? 0 : variant == 1 ? 10 : d == DType::f32 || d == DType::f64 ? 1e4 : 3;
           run_case(k, {.dtype = d, .extent = e, .activation = variant % 2 ? Activation::relu : Activation::none,
                        .residual = variant >= 2, .affine = variant != 0, .padded = variant == 1 || variant == 2,
-                       .expanded = variant == 3, .mean = mean, .deviation = 1.0}, seed++);
+                       .expanded = variant == 3, .renorm = variant == 1 || variant == 3, .unbiased = variant < 2,
+                       .mean = mean, .deviation = 1.0}, seed++);
         }
     check_conversions(k);
     check_special(k);
