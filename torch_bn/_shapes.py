@@ -109,8 +109,12 @@ class Adjustment(NamedTuple):
         return y if bias is None else y + bias.to(y.dtype).reshape(shape)
 
 
-def adjustment_of(adjustment: Callable[[torch.Size], Any], input: Tensor, axes: Axes) -> Adjustment:
+def adjustment_of(
+    adjustment: Callable[[torch.Size], Any] | None, input: Tensor, axes: Axes
+) -> Adjustment | None:
     """Asks for a and b and finds out how they apply."""
+    if adjustment is None:
+        return None
     result = adjustment(input.shape)
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise TypeError(f"batch_norm: adjustment must return a pair (scale, bias), got {type(result).__name__}")

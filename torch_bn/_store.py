@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import updates
+from ._checks import FLOATS
 from .regularizers import losses_of
 
 _TENSORFLOW_NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -101,29 +102,34 @@ class VariableStore(nn.Module):
         self._waiting = later
         return result
 
-    def _layer(self, name: str | None, reuse: bool | str | None, make: Callable[[], nn.Module], inputs: Tensor) -> Any:
-        """A layer of its own hyper-parameters with the variables of that name."""
+    def _run(
+        self, name: str | None, reuse: bool | str | None, layer: Any, inputs: Tensor, training: bool | Tensor
+    ) -> Tensor:
+        """Calls a layer of its own hyper-parameters with the variables of that name. What fails leaves no trace."""
         _check_reuse(reuse)
         if reuse is None:
             reuse = next((inherited for _, inherited in reversed(self._scopes) if inherited is not None), None)
         prefix = "".join(f"{scope}/" for scope, _ in self._scopes)
         full = prefix + _check_name(name) if name is not None else self._automatic_name(prefix, reuse)
-        owners = dict(self.named_children())
-        owner: Any = owners.get(full)
+        owner: Any = dict(self.named_children()).get(full)
         if reuse is True and owner is None:
             raise ValueError(f"batch_normalization: variable {full}/gamma does not exist, but reuse is True")
         if not reuse and full in self._used:
             raise ValueError(
                 f"batch_normalization: variable {full}/gamma already exists; reuse must be True or 'auto' to share it"
             )
-        layer: Any = make()
         layer.name = full
-        if owner is None:
-            self._create(full, layer, inputs)
-        else:
+        waiting = {key: value for key, value in self._waiting.items() if key.rpartition(".")[0] == full}
+        if owner is not None:
             _share(full, owner, layer, inputs)
+        elif waiting:
+            layer.load_state_dict({key.rpartition(".")[2]: value for key, value in waiting.items()})
+        y: Tensor = layer(inputs, training)
+        if owner is None:
+            self.add_module(full, layer)
+            self._waiting = {key: value for key, value in self._waiting.items() if key not in waiting}
         self._used.add(full)
-        return layer
+        return y
 
     def _automatic_name(self, prefix: str, reuse: bool | str | None) -> str:
         base = name = f"{prefix}batch_normalization"
@@ -132,14 +138,6 @@ class VariableStore(nn.Module):
             number += 1
             name = f"{base}_{number}"
         return name
-
-    def _create(self, full: str, layer: Any, inputs: Tensor) -> None:
-        layer.build(inputs)
-        waiting = {key: value for key, value in self._waiting.items() if key.rpartition(".")[0] == full}
-        if waiting:
-            layer.load_state_dict({key.rpartition(".")[2]: value for key, value in waiting.items()})
-            self._waiting = {key: value for key, value in self._waiting.items() if key not in waiting}
-        self.add_module(full, layer)
 
 
 def _share(full: str, owner: Any, layer: Any, inputs: Tensor) -> None:
@@ -219,19 +217,17 @@ def batch_normalization(
     if not stack:
         raise RuntimeError("batch_normalization: must be called inside `with torch_bn.layers.VariableStore():`")
     train = read_training(training)
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+    if not isinstance(inputs, Tensor) or inputs.dtype not in FLOATS:
         got = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise TypeError(f"batch_normalization: inputs must be a floating point Tensor, got {got}")
-
-    def make() -> nn.Module:
-        return BatchNormalization(
-            axis, momentum, epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
-            moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint,
-            trainable, name, renorm, renorm_clipping, renorm_momentum, fused, virtual_batch_size, adjustment,
-        )  # fmt: skip
-
-    layer = stack[-1]._layer(name, reuse, make, inputs)
-    return layer(inputs, training=train)  # type: ignore[no-any-return]
+        raise TypeError(
+            f"batch_normalization: inputs must be a Tensor of float32, float64, float16 or bfloat16, got {got}"
+        )
+    layer = BatchNormalization(
+        axis, momentum, epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
+        moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint,
+        trainable, name, renorm, renorm_clipping, renorm_momentum, fused, virtual_batch_size, adjustment,
+    )  # fmt: skip
+    return stack[-1]._run(name, reuse, layer, inputs, train)
 
 
 def _check_reuse(reuse: object) -> None:

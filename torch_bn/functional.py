@@ -132,11 +132,12 @@ def batch_norm(
     if isinstance(axes, int) and (plain or not training):
         return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused)
     bounds = clipping_at(renorm_clipping, 0)
+    axes = _shapes.resolved(axes, input)
     return _batch_norm_with(
         *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused),
         Extras(renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None),
         virtual_batch_size,
-        adjustment,
+        _shapes.adjustment_of(adjustment, input, axes) if training else None,
     )
 
 
@@ -154,20 +155,15 @@ def _batch_norm_with(
     fused: bool | None,
     extras: Extras,
     virtual_batch_size: int | None = None,
-    adjustment: Callable[[torch.Size], Any] | None = None,
+    adjusted: _shapes.Adjustment | None = None,
 ) -> Tensor:
     """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
-    axes = _shapes.resolved(axes, input)
-    adjusted = None
-    if training:
-        if virtual_batch_size is not None:
-            extras = extras._replace(groups=_shapes.groups_of(input, axes, virtual_batch_size))
-        if adjustment is not None:
-            adjusted = _shapes.adjustment_of(adjustment, input, axes)
-            if adjusted.per_channel:
-                weight, bias = adjusted.merged(weight, bias)
-    else:
-        extras = Extras(strict=extras.strict)
+    if not training:
+        extras, adjusted = Extras(strict=extras.strict), None
+    elif virtual_batch_size is not None:
+        extras = extras._replace(groups=_shapes.groups_of(input, axes, virtual_batch_size))
+    if adjusted is not None and adjusted.per_channel:
+        weight, bias = adjusted.merged(weight, bias)
     general = adjusted is not None and not adjusted.per_channel
     x, axis = _shapes.gathered(input, axes)
     if general and input.dtype in (torch.float16, torch.bfloat16):

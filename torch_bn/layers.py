@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _shapes
-from ._checks import Renorm
+from ._checks import FLOATS, Renorm
 from ._store import VariableStore, batch_normalization
 from .functional import Extras, _batch_norm_with
 from .modules import RENORM_STATE
@@ -214,14 +214,17 @@ class BatchNormalization(nn.Module):
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(f"BatchNormalization: inputs must be a Tensor, got {type(inputs).__name__}")
-        if not inputs.is_floating_point():
-            raise TypeError(f"BatchNormalization: inputs must be floating point, got {inputs.dtype}")
+        if inputs.dtype not in FLOATS:
+            raise TypeError(
+                f"BatchNormalization: inputs must be float32, float64, float16 or bfloat16, got {inputs.dtype}"
+            )
         train = self.training if training is None else read_training(training)
         axes = self._axes(inputs)
         if self.virtual_batch_size is not None:
             self._check_ghosts(inputs, axes, train)
         if train and self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(f"BatchNormalization: adjustment must be callable or None, got {self.adjustment!r}")
+        adjusted = _shapes.adjustment_of(self.adjustment, inputs, axes) if train else None
         self.build(inputs)
         self._check_channels(inputs, axes)
         extras = Extras(
@@ -232,7 +235,7 @@ class BatchNormalization(nn.Module):
         )
         return _batch_norm_with(
             *(inputs, self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked, train),
-            *(1 - self.momentum, self.epsilon, axes, self.fused, extras, self.virtual_batch_size, self.adjustment),
+            *(1 - self.momentum, self.epsilon, axes, self.fused, extras, self.virtual_batch_size, adjusted),
         )
 
     def layer_losses(self) -> list[Tensor]:

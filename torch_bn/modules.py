@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import Renorm
+from ._shapes import adjustment_of
 from .functional import (
     Extras,
     _batch_norm,
@@ -193,7 +194,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return _batch_norm_with(
                 *(input, weight, bias, running_mean, running_var, num_batches_tracked, training),
                 *(self.momentum, self.eps, self.axis, self.fused, Extras(renorm=self._renorm_state())),
-                *(self.virtual_batch_size, self.adjustment),
+                *(self.virtual_batch_size, adjustment_of(self.adjustment, input, self.axis)),
             )
         return _batch_norm(
             input,
