@@ -104,8 +104,10 @@ def test_odd_arguments_are_taken_or_refused_as_by_tensorflow(name, kernels, defe
         for call in first:
             torch_bn.layers.batch_normalization(**call)
         if expected(name) != OK:
+            made, used = set(store.variables()), set(store._used)
             with pytest.raises(ERRORS[expected(name)], match=SAID_ON_PURPOSE):
                 torch_bn.layers.batch_normalization(**last)
+            assert (set(store.variables()), store._used) == (made, used), "what is refused leaves no trace"
             return
         y = torch_bn.layers.batch_normalization(**last)
     assert (y.shape, y.dtype) == (last["inputs"].shape, last["inputs"].dtype)
