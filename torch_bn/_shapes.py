@@ -28,15 +28,17 @@ def check_axes(axis: object) -> Axes:
 
 
 def resolved(axes: Axes, input: Tensor) -> Axes:
-    """Several axes counted from 0, in the order of the input. A single one is left to the operator's own check."""
-    if isinstance(axes, int):
-        return axes
+    """Axes counted from 0, in the order of the input; raises as the operator does for a single one."""
     rank = input.dim()
-    for axis in axes:
+    if rank < 1:
+        raise ValueError("batch_norm: input must have at least 1 dimension, got 0")
+    for axis in (axes,) if isinstance(axes, int) else axes:
         if not -rank <= axis < rank:
             raise ValueError(
                 f"batch_norm: axis must be in [{-rank}, {rank - 1}] for an input of rank {rank}, got {axis}"
             )
+    if isinstance(axes, int):
+        return axes % rank
     positive = sorted(axis % rank for axis in axes)
     if len(set(positive)) < len(positive):
         raise ValueError(f"batch_norm: axis must not name an axis twice, got {list(axes)}")
@@ -115,6 +117,7 @@ def adjustment_of(
     """Asks for a and b and finds out how they apply."""
     if adjustment is None:
         return None
+    axes = resolved(axes, input)
     result = adjustment(input.shape)
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise TypeError(f"batch_norm: adjustment must return a pair (scale, bias), got {type(result).__name__}")

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _operators, _shapes, reference, updates
-from ._checks import Renorm
+from ._checks import Renorm, check
 from .schedules import check_clipping, clipping_at
 
 
@@ -132,7 +132,6 @@ def batch_norm(
     if isinstance(axes, int) and (plain or not training):
         return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused)
     bounds = clipping_at(renorm_clipping, 0)
-    axes = _shapes.resolved(axes, input)
     return _batch_norm_with(
         *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused),
         Extras(renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None),
@@ -158,14 +157,20 @@ def _batch_norm_with(
     adjusted: _shapes.Adjustment | None = None,
 ) -> Tensor:
     """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
+    axes = _shapes.resolved(axes, input)
     if not training:
         extras, adjusted = Extras(strict=extras.strict), None
     elif virtual_batch_size is not None:
         extras = extras._replace(groups=_shapes.groups_of(input, axes, virtual_batch_size))
-    if adjusted is not None and adjusted.per_channel:
-        weight, bias = adjusted.merged(weight, bias)
-    general = adjusted is not None and not adjusted.per_channel
     x, axis = _shapes.gathered(input, axes)
+    if adjusted is not None:  # then the operator does not see weight and bias as they are
+        check(
+            *(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis),
+            *(extras.groups, extras.strict, extras.renorm),
+        )
+        if adjusted.per_channel:
+            weight, bias = adjusted.merged(weight, bias)
+    general = adjusted is not None and not adjusted.per_channel
     if general and input.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # rounded once, after the adjustment
     y = _batch_norm(
@@ -214,12 +219,16 @@ def _batch_norm(
             return reference.batch_norm(*plain, *extras[:3], renorm, statistics)
         return _operators.batch_norm(*plain, *extras[:3], *(renorm or _NO_RENORM), statistics)  # type: ignore[no-any-return]
 
-    if not training or (torch.compiler.is_compiling() and not extras.frozen):
+    stateless = running_mean is None and num_batches_tracked is None and extras.renorm is None
+    if not training or stateless or (torch.compiler.is_compiling() and not extras.frozen):
         return run(None, extras.renorm)
 
-    room = torch.empty((2, input.size(axis)), dtype=torch.float64, device=input.device)
+    def room() -> Tensor:
+        channels = input.size(_shapes.resolved(axis, input))  # type: ignore[arg-type]
+        return torch.empty((2, channels), dtype=torch.float64, device=input.device)
+
     if extras.frozen:
-        return run(room, extras.renorm)
+        return run(room(), extras.renorm)
 
     def update(statistics: Tensor) -> updates.Update:
         enter = reference.update_statistics if obstacle is not None else _operators.update_statistics

@@ -75,7 +75,7 @@ def batch_norm(
         moments = [_moments(part, axis) for part in parts]
         entering = _entering(moments, parts, axis, unbiased and renorm is None)
         if renorm is not None and x.numel() > 0:
-            r, d = (value.to(x.dtype).reshape(shape) for value in _correction(renorm, *entering, eps))
+            r, d = (_kept(value.to(x.dtype)).reshape(shape) for value in _correction(renorm, *entering, eps))
         if statistics is not None:
             _write([(statistics, torch.stack(entering))])
         else:
@@ -157,6 +157,27 @@ def _correction(renorm: Renorm, mean: Tensor, var: Tensor, eps: float) -> tuple[
     return r, d
 
 
+def _kept(value: Tensor) -> Tensor:
+    """The value itself. In a compiled graph backward must get this one: computed again it would come from averages that
+    have moved since (https://github.com/pytorch/pytorch/pull/197039; can go with a torch that has it)."""
+    return _copy(value) if torch.compiler.is_compiling() else value
+
+
+@torch.library.custom_op("torch_bn::_copy", mutates_args=())
+def _copy(value: Tensor) -> Tensor:
+    return value.clone()
+
+
+@_copy.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+@_copy.register_vmap
+def _(info: object, in_dims: tuple[int | None], value: Tensor) -> tuple[Tensor, int | None]:
+    return _copy(value), in_dims[0]
+
+
 def _enter(
     entering: tuple[Tensor, Tensor] | None,
     eps: float,
@@ -205,7 +226,8 @@ def _write(writes: list[tuple[Tensor, Tensor]]) -> None:
     that it does not map) nothing has changed."""
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         for buffer, value in reversed(writes):
-            buffer.copy_(value)
+            # NB: torch 2.13 loses writes to a float64 of no dimensions when it compiles, but not to a view of one.
+            (buffer if buffer.dim() else buffer.unsqueeze(0)).copy_(value)
 
 
 def _interleaved(parts: list[Tensor]) -> Tensor:
@@ -222,4 +244,4 @@ def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
     contiguous, where they have kept other permutations as well."""
     if torch._C._get_tracing_state() is not None:
         return y  # sizes are tensors there
-    return y.contiguous() if suggest_memory_format(input) == torch.contiguous_format else y
+    return y.contiguous(memory_format=suggest_memory_format(input))

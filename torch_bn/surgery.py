@@ -44,7 +44,8 @@ def convert(model: Model, **options: Any) -> Model:
     layers = [layer for layer in model.modules() if _class(layer) in _OURS or _class(layer) in _TORCHS]
     modules.check_options(options, True)
     for layer in layers:
-        modules.check_options(options, getattr(layer, "running_mean", None) is not None)
+        own = {name: getattr(layer, name) for name in modules.OPTIONS} if _class(layer) in _TORCHS else {}
+        modules.check_options(own | options, getattr(layer, "running_mean", None) is not None)
     for layer in layers:
         if _class(layer) in _OURS:
             _change_class(layer, _OURS[_class(layer)])

@@ -120,7 +120,7 @@ class Pass(NamedTuple):
     renorm: Renorm
 
     def distance(self, statistics: Tensor) -> float:
-        return float((self.statistics - statistics).abs().sum())
+        return float((self.statistics - statistics).abs().nan_to_num(0).sum())
 
 
 _LONGEST_HISTORY = 64
@@ -128,34 +128,38 @@ _history: Any = WeakTensorKeyDictionary()
 """The last passes that may be repeated, deque[Pass], by the `mean` of their Renorm."""
 
 
-def forward(run: Run, room: Tensor, renorm: Renorm | None, update: Callable[[Tensor], Update]) -> Tensor:
+def forward(
+    run: Run, room: Callable[[], Tensor], renorm: Renorm | None, update: Callable[[Tensor], Update]
+) -> Tensor:
     """Runs a forward in training whose update may not simply happen on the way: in a :func:`deferred_updates` block, or
-    with renorm. `room`: float64 [2, C] for the batch's statistics."""
+    with renorm. `room` makes a float64 [2, C] for the batch's statistics."""
     if recomputes():
-        return run(room, None) if renorm is None else _forward_again(run, room, renorm)
+        return run(room(), None) if renorm is None else _forward_again(run, room, renorm)
     collected = collector()
     remembered = renorm is not None and _may_be_checkpointed()
     if collected is None and not remembered:
         return run(None, renorm)
+    statistics = room()
     averages = renorm.cloned() if renorm is not None and remembered else None
-    y = run(room, renorm)
+    y = run(statistics, renorm)
     if renorm is not None and averages is not None:
-        _history.setdefault(renorm.mean, deque(maxlen=_LONGEST_HISTORY)).append(Pass(room, averages))
+        _history.setdefault(renorm.mean, deque(maxlen=_LONGEST_HISTORY)).append(Pass(statistics, averages))
     if collected is None:
-        update(room).apply()
+        update(statistics).apply()
     else:
-        collected._append(update(room))
+        collected._append(update(statistics))
     return y
 
 
-def _forward_again(run: Run, room: Tensor, renorm: Renorm) -> Tensor:
+def _forward_again(run: Run, room: Callable[[], Tensor], renorm: Renorm) -> Tensor:
     """The forward of a batch whose update has moved the averages since: with the averages of the first time, which are
-    found by the batch's statistics."""
+    found by the batch's statistics. Of equal batches it is the last."""
+    statistics = room()
     with torch.no_grad():
-        run(room, renorm)
+        run(statistics, renorm)
     passes = _history.get(renorm.mean, ())
-    first = min(passes, key=lambda earlier: earlier.distance(room), default=None)
-    return run(torch.empty_like(room), renorm if first is None else first.renorm)
+    first = min(reversed(passes), key=lambda earlier: earlier.distance(statistics), default=None)
+    return run(room(), renorm if first is None else first.renorm)
 
 
 def _may_be_checkpointed() -> bool:

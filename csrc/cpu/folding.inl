@@ -13,9 +13,9 @@ BN_INLINE Folding folding_of(const Extent& e, int64_t element_bytes) {
   constexpr int64_t kTinyPlane = 16, kManyPlanes = 16, kManyRows = 64;
   if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
   const int64_t wide = column_block(element_bytes) / (is_near(e, element_bytes) ? 4 : 1);
+  const int64_t rows = e.groups == 1 ? e.outer : e.outer_per_example;  // of one group, one after another
   int64_t fold = 1;
-  while (e.groups == 1 && e.channels * fold < wide && e.outer % (2 * fold) == 0 && e.outer / fold > kManyRows)
-    fold *= 2;
+  while (e.channels * fold < wide && rows % (2 * fold) == 0 && e.outer / fold > kManyRows * e.groups) fold *= 2;
   return {e.channels, 1, fold};
 }
 
@@ -30,7 +30,7 @@ BN_INLINE Folding narrowed(Folding f) {
 /// The extent of the rows, where there is folding.
 BN_INLINE Extent folded(const Extent& e, const Folding& f) {
   if (f.repeat * f.fold == 1) return e;
-  const int64_t per_example = f.fold == 1 ? e.outer_per_example : 1;  // no matter: only one group is folded
+  const int64_t per_example = e.groups == 1 ? 1 : e.outer_per_example / f.fold;
   return {e.outer / f.fold, e.channels * f.repeat * f.fold, 1, per_example, e.groups};
 }
 
@@ -68,7 +68,7 @@ struct Workspace {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;
-    coefficients = {reinterpret_cast<T*>(second + parts), length};
+    coefficients = {reinterpret_cast<T*>(second + parts), length, e.channels};
   }
   /// A channel's columns: how many, the first of them in some group, and how far apart they are.
   int64_t columns() const { return folding.repeat * folding.fold; }

@@ -94,7 +94,8 @@ struct GroupOuters {
     return {GroupSizes(e)[group], group, e.groups, e.outer_per_example};
   }
   int64_t operator[](int64_t j) const {
-    return groups == 1 ? j : (j / per_example * groups + group) * per_example + j % per_example;
+    if (groups == 1) return j;
+    return per_example == 1 ? j * groups + group : (j / per_example * groups + group) * per_example + j % per_example;
   }
 };
 

@@ -129,7 +129,7 @@ struct NormalizeGradient {
 template <class T>
 struct Coefficients {
   T* data;
-  int64_t length;  // groups * columns
+  int64_t length, columns;  // groups * columns; the map may walk the first of the columns alone
   T* row(int k) const { return data + k * apart(length); }
   static int64_t apart(int64_t length) { return length + kCacheSkew / int64_t(sizeof(T)); }
 };
@@ -178,7 +178,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
                                          Range channels) {
   const int64_t inner = e.inner;
   for (int64_t outer = outers.first; outer < outers.last; ++outer) {
-    const int64_t group = group_of(e, outer) * e.channels;
+    const int64_t group = group_of(e, outer) * coefficients.columns;
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
@@ -220,7 +220,7 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
   const int64_t width = columns.last - columns.first, block = order.block();
   const bool side_by_side = e.channels > kNarrow && (order.run > 1 || !order.rotated);
   for (int64_t outer = outers.first; outer < outers.last;) {
-    const int64_t first = group_of(e, outer) * e.channels + columns.first;
+    const int64_t first = group_of(e, outer) * coefficients.columns + columns.first;
     if (side_by_side && block <= least(outers.last - outer, rest_of_group(e, outer))) {
       typename Map::At at[4 * kRows];
       for (int64_t i = 0; i < block; ++i) at[i] = map.at(outer + order(i), columns.first);

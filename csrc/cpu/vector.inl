@@ -187,11 +187,15 @@ BN_INLINE Vec<D> keep(Vec<D> v, int count) {
   return v;
 }
 
+/// By halves: one lane after another, each addition would wait for the one before.
 template <class D>
 BN_INLINE double sum_of_lanes(Vec<D> v) {
-  double total = 0;
-  for (int i = 0; i < kLanes<D>; ++i) total += v[i];
-  return total;
+  double lanes[kLanes<D>];
+  for (int i = 0; i < kLanes<D>; ++i) lanes[i] = v[i];
+#pragma GCC unroll 4
+  for (int half = kLanes<D> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 /// One element, through the same conversion.
