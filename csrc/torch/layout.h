@@ -1,6 +1,7 @@
 // How a tensor lies in memory, as the kernels see it: the view of sizes and strides as Extent and Strides.
 // Only ops.cpp includes this.
 #pragma once
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
@@ -10,6 +11,14 @@
 #include "../kernels.h"
 
 namespace torch_bn {
+
+/// A new tensor on the device of another. NB: at::empty goes through the dispatcher, which for a small layer costs more
+/// than what it finds there.
+inline at::Tensor make_empty(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType type,
+                             at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  if (like.is_cpu()) return at::Tensor(at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, format));
+  return at::empty(sizes, like.options().dtype(type).memory_format(format));
+}
 
 /// The stride with which the dimensions from `first` to `last` of `order` are walked as one, 0 if they have one
 /// element; none if they cannot be.
@@ -35,8 +44,8 @@ class Layout {
 
   const Extent& extent() const { return extent_; }
 
-  /// A new tensor in this layout.
-  at::Tensor empty(const at::TensorOptions& options) const;
+  /// A new tensor in this layout, on the device and of the dtype of another.
+  at::Tensor empty(const at::Tensor& like) const;
 
   /// The strides of a tensor of these sizes, if its dimensions merge to those of the extent.
   std::optional<Strides> strides(const at::Tensor& tensor) const;
@@ -76,8 +85,8 @@ inline Layout::Layout(const at::Tensor& input, int64_t axis, int64_t groups)
   }
 }
 
-inline at::Tensor Layout::empty(const at::TensorOptions& options) const {
-  return at::empty(sizes_, options.memory_format(format_));
+inline at::Tensor Layout::empty(const at::Tensor& like) const {
+  return make_empty(sizes_, like, like.scalar_type(), format_);
 }
 
 inline std::optional<Strides> Layout::strides(const at::Tensor& t) const {

@@ -2,8 +2,6 @@
 // struct and calls the table of kernels. autograd.cpp makes them differentiable, torch_bn/_fake.py gives their shapes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <fstream>
@@ -45,7 +43,7 @@ DType dtype_of(const at::Tensor& t) {
 class Workspace {
  public:
   Workspace(int64_t bytes, const at::Tensor& input) {
-    if (bytes > int64_t(sizeof small_)) large_ = at::empty({bytes}, input.options().dtype(at::kByte));
+    if (bytes > int64_t(sizeof small_)) large_ = make_empty({bytes}, input, at::kByte);
   }
   void* data() { return large_.defined() ? large_.mutable_data_ptr() : small_; }
 
@@ -144,9 +142,8 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
-  at::Tensor output = layout.empty(input.options());
-  at::Tensor saved = at::empty({2 * groups + (renorm_mean ? 2 : 0), channels},
-                               input.options().dtype(at::kDouble).memory_format(std::nullopt));
+  at::Tensor output = layout.empty(input);
+  at::Tensor saved = make_empty({2 * groups + (renorm_mean ? 2 : 0), channels}, input, at::kDouble);
   if (input.numel() == 0) {
     if (!statistics && num_batches_tracked) num_batches_tracked->add_(1);
     return {output, saved.zero_()};
@@ -204,7 +201,7 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
   axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict});
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
-  at::Tensor output = layout.empty(input.options());
+  at::Tensor output = layout.empty(input);
   if (input.numel() == 0) return output;
   at::Tensor x = input;
   const Strides x_strides = layout.fit(x);
@@ -237,13 +234,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
-  const auto parameters = input.options().dtype(parameter_type(input)).memory_format(std::nullopt);
-  at::Tensor grad_input = needs_input_grad ? layout.empty(input.options()) : at::empty({0}, input.options());
-  if (input.numel() == 0) return {grad_input, at::zeros({channels}, parameters), at::zeros({channels}, parameters)};
-  at::Tensor grad_weight = at::empty({channels}, parameters), grad_bias = at::empty({channels}, parameters);
+  const auto type = parameter_type(input);
+  at::Tensor grad_input = needs_input_grad ? layout.empty(input) : make_empty({0}, input, input.scalar_type());
+  at::Tensor grad_weight = make_empty({channels}, input, type), grad_bias = make_empty({channels}, input, type);
+  if (input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_()};
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
   const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
-  const Parameter gamma(weight, parameter_type(input));
+  const Parameter gamma(weight, type);
   const Kernels& kernels = cpu::selected();
   const DType dtype = dtype_of(input);
   Workspace workspace(kernels.workspace(dtype, extent), input);
