@@ -21,6 +21,29 @@ void join_parts(const Workspace<T>& work, int64_t group, Range channels, const J
   for (int64_t i = 1; i < f.fold; ++i) join(width, begin, begin + i * f.channels, double(i) * samples, samples);
 }
 
+/// The coefficients of one group's map, from the weights that finish_moments has left in the place of the sums.
+template <class T>
+void set_affine(const ForwardParams& p, const Workspace<T>& work, int64_t group, Range channels) {
+  const int64_t n = channels.last - channels.first, repeat = work.folding.repeat;
+  const int64_t from = work.first_column(0, channels.first), kept = group * p.extent.channels + channels.first;
+  const double *gamma = work.first + from, *beta = work.second + from;
+  const double *mean = p.mean + kept, *invstd = p.invstd + kept;
+  T* __restrict row[4];
+  for (int k = 0; k < 4; ++k) row[k] = work.coefficients.row(k) + work.first_column(group, channels.first);
+  T *__restrict center = row[0], *__restrict scale = row[1], *__restrict shift = row[2], *__restrict rest = row[3];
+  for (int64_t i = 0; i < n; ++i) {
+    const Affine<T> affine = normalizing_affine<T>(mean[i], invstd[i], gamma[i * repeat], beta[i * repeat]);
+    const int64_t at = i * repeat;
+    center[at] = affine.center;
+    scale[at] = affine.scale;
+    shift[at] = affine.shift;
+    rest[at] = affine.scale_rest;
+  }
+  if (work.columns() > 1)
+    for (int k = 0; k < 4; ++k)
+      for (int64_t i = 0; i < n; ++i) work.set(group, channels.first + i, k, row[k][i * repeat]);
+}
+
 /// Moments from slices and columns to coefficients, with the running statistics.
 template <class T>
 void finish_moments(const ForwardParams& p, const Workspace<T>& work, const RunningStep& step, Range channels) {
@@ -32,21 +55,44 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, const Runn
       for (int64_t c = 0; c < n; ++c)
         torch_bn::join(mean[into + c], m2[into + c], before, mean[from + c], m2[from + c], weight);
     });
+  // Loops over channels that do one thing each run on registers; where roots and divisions wait for each other they do
+  // not. From here on `m2` holds variances, and then the two hold the weights of the map.
   const GroupSizes outers(p.extent);
-  const int64_t repeat = work.folding.repeat, per_outer = p.extent.inner / repeat;
-  for (int64_t c = channels.first; c < channels.last; ++c) {
-    const auto moments_of = [&](int64_t group) {
-      const int64_t at = work.first_column(group, c);
-      const double count = double(outers[group] * per_outer);
-      return repeat == 1 ? Moments{count, mean[at], m2[at]} : merge_equal(repeat, count, mean + at, m2 + at);
-    };
-    finish_forward<T>(p, c, step, moments_of, [&](int64_t group, const Affine<T>& affine) {
-      work.set(group, c, 0, affine.center);
-      work.set(group, c, 1, affine.scale);
-      work.set(group, c, 2, affine.shift);
-      work.set(group, c, 3, affine.scale_rest);
-    });
+  const int64_t C = p.extent.channels, n = channels.last - channels.first, repeat = work.folding.repeat;
+  const int64_t per_outer = p.extent.inner / repeat;
+  for (int64_t group = 0; group < p.extent.groups; ++group) {
+    const int64_t at = work.first_column(group, channels.first);
+    double* __restrict kept = p.mean + group * C + channels.first;
+    double* __restrict invstd = p.invstd + group * C + channels.first;
+    const double count = double(outers[group] * per_outer), eps = p.eps;
+    if (repeat > 1)
+      for (int64_t i = 0; i < n; ++i) {
+        const Moments m = merge_equal(repeat, count, mean + at + i * repeat, m2 + at + i * repeat);
+        kept[i] = m.mean;
+        m2[at + i * repeat] = biased_variance(m);
+        invstd[i] = inverse_deviation(biased_variance(m), eps);
+      }
+    else
+      for (int64_t i = 0; i < n; ++i) {
+        const double variance = biased_variance({count, mean[at + i], m2[at + i]});
+        kept[i] = mean[at + i];
+        m2[at + i] = variance;
+        invstd[i] = inverse_deviation(variance, eps);
+      }
   }
+  const bool unbiased = p.unbiased && !p.running.renorm.mean;
+  const auto factor_of = [&](int64_t group) { return unbiased ? bessel(double(outers[group] * p.extent.inner)) : 1; };
+  const double first_factor = factor_of(0), last_factor = factor_of(p.extent.groups - 1);
+  for (int64_t c = channels.first; c < channels.last; ++c) {
+    const Weights weights = finish_forward<T>(
+        p, c, step, [&](int64_t group) { return p.mean[group * C + c]; },
+        [&](int64_t group) {
+          return m2[work.first_column(group, c)] * (outers[group] == outers[0] ? first_factor : last_factor);
+        });
+    mean[work.first_column(0, c)] = weights.gamma;
+    m2[work.first_column(0, c)] = weights.beta;
+  }
+  for (int64_t group = 0; group < p.extent.groups; ++group) set_affine(p, work, group, channels);
 }
 
 /// What the backward pass must know of the forward's map.
@@ -54,7 +100,9 @@ template <class T>
 void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
   for (int64_t group = 0; group < p.extent.groups; ++group)
     for (int64_t c = channels.first; c < channels.last; ++c) {
-      const Affine<T> affine = corrected_affine<T>(p, group, c, kept_correction(p, c));
+      const int64_t at = group * p.extent.channels + c;
+      const Weights weights = corrected_weights<T>(p, c, kept_correction(p, c));
+      const Affine<T> affine = normalizing_affine<T>(p.mean[at], p.invstd[at], weights.gamma, weights.beta);
       work.set(group, c, 0, affine.center);
       work.set(group, c, 4, affine.scale);
       work.set(group, c, 5, affine.shift);

@@ -23,28 +23,26 @@ BN_INLINE Correction kept_correction(const P& p, long channel) {
 /// a + b * d, where d may be none at all and b infinite.
 BN_INLINE double plus(double a, double b, double d) { return d == 0 ? a : a + b * d; }
 
-/// The map of one group: (x_hat * r + d) * gamma + beta.
+/// The weight and bias of the map x_hat * weight + bias that corrects first.
+struct Weights {
+  double gamma, beta;
+};
 template <typename T, class P>
-BN_INLINE Affine<T> corrected_affine(const P& p, long group, long channel, const Correction& correction) {
-  const long at = group * p.extent.channels + channel;
+BN_INLINE Weights corrected_weights(const P& p, long channel, const Correction& correction) {
   const double gamma = parameter<T>(p.weight, channel, 1), beta = parameter<T>(p.bias, channel, 0);
-  return normalizing_affine<T>(p.mean[at], p.invstd[at], gamma * correction.r, plus(beta, gamma, correction.d));
+  return {gamma * correction.r, plus(beta, gamma, correction.d)};
 }
 
-/// Calls store(group, affine) for every group. Several groups share one correction and enter the running statistics in
-/// one step, with the mean of their means and of their variances.
-template <typename T, class P, class MomentsOf, class Store>
-BN_INLINE void finish_forward(const P& p, long channel, const RunningStep& step, const MomentsOf& moments_of,
-                              const Store& store) {
+/// From what the groups have brought, mean_of(group) and variance_of(group), to the weights of the map, with the running
+/// statistics. Several groups share one correction and enter in one step, with the mean of their means and variances.
+template <typename T, class P, class MeanOf, class VarianceOf>
+BN_INLINE Weights finish_forward(const P& p, long channel, const RunningStep& step, const MeanOf& mean_of,
+                                 const VarianceOf& variance_of) {
   const long channels = p.extent.channels, groups = p.extent.groups;
-  const bool unbiased = p.unbiased && !p.running.renorm.mean;
   double mean = 0, variance = 0;
   for (long group = 0; group < groups; ++group) {
-    const Moments m = moments_of(group);
-    p.mean[group * channels + channel] = m.mean;
-    p.invstd[group * channels + channel] = inverse_deviation(biased_variance(m), p.eps);
-    mean += m.mean;
-    variance += unbiased ? unbiased_variance(m) : biased_variance(m);
+    mean += mean_of(group);
+    variance += variance_of(group);
   }
   mean /= groups;
   variance /= groups;
@@ -56,13 +54,13 @@ BN_INLINE void finish_forward(const P& p, long channel, const RunningStep& step,
     p.correction[channel] = correction.r;
     p.correction[channels + channel] = correction.d;
   }
-  for (long group = 0; group < groups; ++group) store(group, corrected_affine<T>(p, group, channel, correction));
   if (p.statistics) {
     p.statistics[channel] = mean;
     p.statistics[channels + channel] = variance;
   } else {
     update_running<T>(p.running, step, channel, mean, variance, p.eps);
   }
+  return corrected_weights<T>(p, channel, correction);
 }
 
 /// The sums over one group of dz and of dz * (x - center), with center_of the mean.

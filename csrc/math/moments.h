@@ -61,7 +61,7 @@ BN_INLINE Moments merge_equal(long sets, double count, const double* mean, const
 
 BN_INLINE double biased_variance(const Moments& m) { return m.m2 / m.count; }
 
-/// Bessel's correction; a single sample has no deviation to correct.
-BN_INLINE double unbiased_variance(const Moments& m) { return m.m2 / (m.count > 1 ? m.count - 1 : 1); }
+/// Bessel's correction of a biased variance; a single sample has no deviation to correct.
+BN_INLINE double bessel(double count) { return count / (count > 1 ? count - 1 : 1); }
 
 }  // namespace torch_bn
