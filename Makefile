@@ -43,6 +43,7 @@ python-tests: build
 
 bench: build
 	$(python) -m benchmarks
+	$(python) -m benchmarks.features
 
 wheel: build
 	$(python) -m build --no-isolation

@@ -66,8 +66,8 @@ class Variant:
             wanted = exact(x)
             wanted_gradients = torch.autograd.grad(wanted, (x, *exact.parameters()), tensors.dy.double())
             y = module(tensors.x)
-            found = (y, *layer.gradients(y, tensors), *(module.state_dict()[name] for name in _STATISTICS))
-            expected = (wanted, *wanted_gradients, *(exact.state_dict()[name] for name in _STATISTICS))
+            found = (y.detach(), *layer.gradients(y, tensors), *(module.state_dict()[name] for name in _STATISTICS))
+            expected = (wanted.detach(), *wanted_gradients, *(exact.state_dict()[name] for name in _STATISTICS))
             for name, actual, right in zip(("y", *GRADIENTS, *_STATISTICS), found, expected, strict=True):
                 error = relative_error(actual, right)
                 if not error <= TOLERANCE[case.dtype]:

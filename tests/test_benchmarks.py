@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
+import torch_bn
 from benchmarks import __main__ as command
-from benchmarks import machine
+from benchmarks import features, machine
 from benchmarks.cases import DIRECTIONS, LARGEST_TENSOR, Case, all_cases, quick_cases
 from benchmarks.gate import slower_than_torch
 from benchmarks.harness import Contender, Quantiles, measure, quantiles, rotation
@@ -381,3 +382,39 @@ class TestCommand:
         with pytest.raises(SystemExit):
             command.main(arguments)
         assert re.search(message, capsys.readouterr().err)
+
+
+class TestFeatures:
+    """What renorm and ghost batches cost."""
+
+    CASE = Case("odd", (9, 5, 4, 3), torch.float32, "channels_last")
+
+    @pytest.mark.parametrize("variant", features.VARIANTS, ids=lambda variant: variant.name)
+    def test_every_variant_is_verified_and_a_wrong_one_is_refused(self, variant, monkeypatch):
+        tensors = self.CASE.tensors()
+        assert isinstance(variant.verified(self.CASE, tensors).module, torch_bn.BatchNorm2d)
+        monkeypatch.setattr(nn.Module, "state_dict", lambda self: {"running_mean": torch.ones(5)})
+        with pytest.raises((ValueError, KeyError)):
+            variant.verified(self.CASE, tensors)
+
+    def test_groups_are_as_many_as_said(self):
+        ghost = next(variant for variant in features.VARIANTS if variant.name == "ghost")
+        layer = ghost.module(Case("odd", (32, 5, 4, 3), torch.float32), torch.float32)
+        assert 32 / layer.virtual_batch_size == features.GHOST_BATCHES
+
+    def test_the_table_compares_with_the_plain_layer(self):
+        times = {"torch_bn": 2.0, "renorm": 3.0, "ghost": 2.0, "renorm+ghost": 4.0, "composite renorm": 20.0}
+        quantiles_of = {name: Quantiles(median, median, median, 9) for name, median in times.items()}
+        rows = [
+            row for direction in features.MEASURED for row in timed_rows(self.CASE, direction, quantiles_of, SETTING)
+        ]
+        line = "| float32 | channels_last | forward | 1.50 (1.50) | 1.00 (1.00) | 2.00 (2.00) | 10.00 (10.00) |"
+        assert line in features.page(rows)
+        assert SETTING.commit in features.page(rows)
+
+    def test_the_command_writes_rows_and_a_page(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(features, "cases", lambda: [self.CASE])
+        assert features.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
+        rows = read_rows(tmp_path / "features.csv")
+        assert len(rows) == len(features.VARIANTS) * len(features.MEASURED)
+        assert features.table(rows) in (tmp_path / "features.md").read_text() and "renorm" in capsys.readouterr().out
