@@ -92,15 +92,25 @@ class VariableStore(nn.Module):
             )
         ]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """As of every module; what belongs to variables not yet made waits for them."""
-        made = dict(self.named_children())
-        later = {key: value for key, value in state_dict.items() if key.rpartition(".")[0] not in made}
-        result = super().load_state_dict(
-            {key: value for key, value in state_dict.items() if key not in later}, strict, assign
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._waiting = later
-        return result
+        made = dict(self.named_children())
+        later = [key for key in state_dict if key.startswith(prefix)]
+        later = [key for key in later if key.removeprefix(prefix).rpartition(".")[0] not in made]
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in later]
+        self._waiting = {key.removeprefix(prefix): state_dict[key].detach().clone() for key in later}
 
     def _run(
         self, name: str | None, reuse: bool | str | None, layer: Any, inputs: Tensor, training: bool | Tensor

@@ -236,7 +236,9 @@ def _interleaved(parts: list[Tensor]) -> Tensor:
         return parts[0]
     examples = sum(part.size(0) for part in parts)
     order = torch.cat([torch.arange(group, examples, len(parts)) for group in range(len(parts))]).argsort()
-    return torch.cat(parts).index_select(0, order.to(parts[0].device))
+    # NB: index_select returns what is contiguous, so that axis 1 comes last for what is channels_last.
+    last = -1 if not parts[0].is_contiguous() and parts[0].dim() > 2 else 1
+    return torch.cat(parts).movedim(1, last).index_select(0, order.to(parts[0].device)).movedim(last, 1)
 
 
 def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
@@ -244,4 +246,4 @@ def _laid_out_like(y: Tensor, input: Tensor) -> Tensor:
     contiguous, where they have kept other permutations as well."""
     if torch._C._get_tracing_state() is not None:
         return y  # sizes are tensors there
-    return y.contiguous(memory_format=suggest_memory_format(input))
+    return y.contiguous() if suggest_memory_format(input) == torch.contiguous_format else y
