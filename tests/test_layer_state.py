@@ -123,3 +123,13 @@ def test_a_state_dict_for_other_channels_is_noticed_at_the_input():
     layer.load_state_dict(trained(LAYERS["nn.BatchNorm2d"]()).state_dict())
     with pytest.raises(ValueError, match=r"must have the channels of the variables, \[3\], got \[4\]$"):
         layer(torch.randn(2, 4, 2, 2))
+
+
+def test_half_leaves_the_statistics_in_float32():
+    layer = torch_bn.BatchNormalization(axis=1, renorm=True, momentum=0.0)
+    layer(torch.randn(7, 3), training=True)
+    layer.half()
+    assert layer.weight.dtype == torch.float16
+    assert {layer.running_mean.dtype, layer.running_var.dtype, layer.renorm_stddev.dtype} == {torch.float32}
+    layer(torch.randn(7, 3).mul(2000).half(), training=True)
+    assert layer.running_var.isfinite().all()

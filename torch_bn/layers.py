@@ -11,7 +11,7 @@ from . import _shapes
 from ._checks import FLOATS, Renorm
 from ._store import VariableStore, batch_normalization
 from .functional import Extras, _batch_norm_with
-from .modules import RENORM_STATE
+from .modules import RENORM_STATE, keep_from_half
 from .regularizers import losses_of
 from .schedules import check_clipping, clipping_at
 
@@ -296,6 +296,12 @@ class BatchNormalization(nn.Module):
             self.renorm_mean, self.renorm_stddev, self.renorm_mean_weight, self.renorm_stddev_weight,
             1 - self.renorm_momentum, *clipping_at(clipping, step),
         )  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNormalization":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        keep_from_half(self, before)
+        return self
 
     def _load_from_state_dict(
         self,

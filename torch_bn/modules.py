@@ -223,12 +223,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_BatchNorm":
-        before = {name: self._buffers.get(name) for name in _STATISTICS}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers.get(name)
-            if old is not None and new is not None and new.dtype in _HALVES and old.dtype not in _HALVES:
-                self._buffers[name] = old.to(new.device)
+        keep_from_half(self, before)
         return self
 
     def _load_from_state_dict(
@@ -286,6 +283,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 OPTIONS = ("renorm", "renorm_clipping", "renorm_momentum", "virtual_batch_size", "adjustment", "fused")
+
+
+def keep_from_half(layer: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Takes back what has made half types of a layer's statistics, which could not hold them."""
+    for name in _STATISTICS:
+        old, new = before.get(name), layer._buffers.get(name)
+        if old is not None and new is not None and new.dtype in _HALVES and old.dtype not in _HALVES:
+            layer._buffers[name] = old.to(new.device)
 
 
 def check_options(options: Mapping[str, Any], track_running_stats: bool) -> None:

@@ -74,7 +74,7 @@ def deferred_updates() -> Iterator[DeferredUpdates]:
         if step_was_taken: updates.apply()
         else: updates.discard()
 
-    Blocks may be nested; the innermost collects.
+    Blocks may be nested; the innermost collects. In a graph of torch.compile updates happen on the way all the same.
 
     Returns:
         A :class:`DeferredUpdates` with apply(), discard() and len().
@@ -123,7 +123,7 @@ class Pass(NamedTuple):
         return float((self.statistics - statistics).abs().nan_to_num(0).sum())
 
 
-_LONGEST_HISTORY = 64
+_LONGEST_HISTORY = 512
 _history: Any = WeakTensorKeyDictionary()
 """The last passes that may be repeated, deque[Pass], by the `mean` of their Renorm."""
 
