@@ -11,7 +11,7 @@ from . import _shapes
 from ._checks import FLOATS, Renorm
 from ._store import VariableStore, batch_normalization
 from .functional import Extras, _batch_norm_with
-from .modules import RENORM_STATE, keep_from_half
+from .modules import RENORM_STATE, keep_from_half, settle_renorm
 from .regularizers import losses_of
 from .schedules import check_clipping, clipping_at
 
@@ -316,16 +316,10 @@ class BatchNormalization(nn.Module):
         mean = state_dict.get(prefix + "running_mean")
         if not self.built and mean is not None:
             self._make(mean.shape, self._device, self._dtype or mean.dtype)
-        names = [prefix + name for name in RENORM_STATE]
-        absent = self.built and self.renorm and not any(name in state_dict for name in names)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
-        if absent:  # a checkpoint of a plain layer
-            missing_keys[:] = [key for key in missing_keys if key not in names]
-            for name in RENORM_STATE:
-                getattr(self, name).zero_()
+        settle_renorm(self, state_dict, prefix, missing_keys, unexpected_keys)
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, momentum={self.momentum}, epsilon={self.epsilon}" + "".join(

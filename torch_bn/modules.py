@@ -238,16 +238,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + name for name in RENORM_STATE]
-        absent = self.renorm and not any(name in state_dict for name in names)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
-        if absent:  # a checkpoint of a plain layer
-            missing_keys[:] = [key for key in missing_keys if key not in names]
-            for name in RENORM_STATE:
-                self._buffers[name].zero_()  # type: ignore[union-attr]
+        settle_renorm(self, state_dict, prefix, missing_keys, unexpected_keys)
 
     def _in_graph_of(self, proxy: object) -> Any:
         """The node of this layer in a graph that torch.fx records. As for torch's own layers it stands for the module,
@@ -291,6 +285,21 @@ def keep_from_half(layer: nn.Module, before: Mapping[str, Tensor | None]) -> Non
         old, new = before.get(name), layer._buffers.get(name)
         if old is not None and new is not None and new.dtype in _HALVES and old.dtype not in _HALVES:
             layer._buffers[name] = old.to(new.device)
+
+
+def settle_renorm(
+    layer: nn.Module, state_dict: Mapping[str, Any], prefix: str, missing_keys: list[str], unexpected_keys: list[str]
+) -> None:
+    """After a state_dict was loaded: averages that it has and the layer has not are ignored, and the other way round
+    they start anew, so that checkpoints move between layers with renorm and without."""
+    names = [prefix + name for name in RENORM_STATE]
+    unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
+    if not any(name in state_dict for name in names):
+        missing_keys[:] = [key for key in missing_keys if key not in names]
+        for name in RENORM_STATE:
+            buffer = layer._buffers.get(name)
+            if buffer is not None:
+                buffer.zero_()
 
 
 def check_options(options: Mapping[str, Any], track_running_stats: bool) -> None:
