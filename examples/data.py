@@ -33,6 +33,9 @@ class Images:
     def first(self, count: int) -> "Images":
         return Images(self.pixels[:count], self.labels[:count])
 
+    def at(self, index: Tensor) -> "Images":
+        return Images(self.pixels[index], self.labels[index])
+
     def to(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.labels.to(device))
 

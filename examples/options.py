@@ -1,4 +1,4 @@
-"""The options of train_cnn.py; a bad value ends the program with one line."""
+"""The options of train_cnn.py, and what other examples share of them; a bad value ends the program with one line."""
 
 import argparse
 import math
@@ -25,9 +25,7 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> ar
     parser = Parser("train_cnn.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--norm", choices=("torch", "torch_bn"), default="torch_bn", help="normalization layers (default torch_bn)")
-    add("--data", choices=data.NAMES, default="digits", help="images (default digits, which need no files)")
-    add("--root", type=Path, metavar="DIR", help="folder with the official binary files of the other data sets")
-    add("--limit", type=positive_int, metavar="N", help="train with the first N images only")
+    add_data_options(parser)
     add("--batch-size", type=positive_int, default=64, metavar="N", help="images per step (default 64)")
     add("--epochs", type=positive_int, default=20, metavar="N", help="passes over the images (default 20)")
     add("--learning-rate", type=positive_float, default=0.1, metavar="X", help="its peak (default 0.1)")
@@ -42,6 +40,14 @@ def parse(description: str | None, arguments: Sequence[str] | None = None) -> ar
     chosen = parser.parse_args(arguments)
     chosen.output = chosen.output or Path("runs") / f"{chosen.data}-{chosen.norm}"
     return chosen
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Which images to train with: data, root and limit."""
+    add = parser.add_argument
+    add("--data", choices=data.NAMES, default="digits", help="images (default digits, which need no files)")
+    add("--root", type=Path, metavar="DIR", help="folder with the official binary files of the other data sets")
+    add("--limit", type=positive_int, metavar="N", help="train with the first N images only")
 
 
 def positive_int(text: str) -> int:

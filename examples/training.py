@@ -35,7 +35,7 @@ class Training:
     """Trains ``model`` on ``dataset`` with SGD. All randomness comes from torch's global generators.
 
     ``history`` holds one row per finished epoch: epoch, loss, train_accuracy (of the augmented batches, as they were
-    trained on), held_out_accuracy, seconds (of training alone) and learning_rate (after the epoch).
+    trained on), held_out_loss, held_out_accuracy, seconds (of training alone) and learning_rate (after the epoch).
     """
 
     def __init__(self, model: nn.Module, dataset: Dataset, settings: Settings, device: torch.device) -> None:
@@ -65,11 +65,13 @@ class Training:
         number = len(self.history) + 1
         if not math.isfinite(loss):
             raise DivergedError(f"the loss became {loss} in epoch {number}; a smaller learning rate may help")
+        held_out_loss, held_out_accuracy = self.judge(self.held_out)
         row = {
             "epoch": number,
             "loss": loss,
             "train_accuracy": train_accuracy,
-            "held_out_accuracy": self.accuracy(self.held_out),
+            "held_out_loss": held_out_loss,
+            "held_out_accuracy": held_out_accuracy,
             "seconds": seconds,
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
@@ -90,19 +92,25 @@ class Training:
     def shuffled_batches(self) -> Iterator[Images]:
         """The training images, each once, in a new order; the last batch may be smaller."""
         for index in torch.randperm(len(self.train_images)).to(self.device).split(self.settings.batch_size):
-            yield Images(self.train_images.pixels[index], self.train_images.labels[index])
+            yield self.train_images.at(index)
 
-    @torch.inference_mode()
     def accuracy(self, images: Images) -> float:
         """The part of ``images`` that the model classifies correctly in evaluation mode, in [0, 1]."""
+        return self.judge(images)[1]
+
+    @torch.inference_mode()
+    def judge(self, images: Images) -> tuple[float, float]:
+        """The mean loss and the accuracy of the model on ``images`` in evaluation mode."""
         self.model.eval()
-        correct = 0
+        loss, correct = 0.0, 0
         for start in range(0, len(images), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
+            labels = images.labels[batch]
             with self._autocast():
                 scores = self.model(self._normalized(images.pixels[batch]))
-            correct += int((scores.argmax(1) == images.labels[batch]).sum())
-        return correct / len(images)
+                loss += F.cross_entropy(scores, labels, reduction="sum").item()
+            correct += int((scores.argmax(1) == labels).sum())
+        return loss / len(images), correct / len(images)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, and the history."""
