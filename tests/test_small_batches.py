@@ -1,6 +1,8 @@
 """The example of small and large batches: equal starts, the table, the picture, bad options."""
 
 import re
+import struct
+from collections.abc import Iterator
 
 import data
 import pytest
@@ -11,9 +13,15 @@ from small_batches import GHOSTS, PLAIN, RENORM
 import torch_bn
 
 DIGITS = data.load("digits", None, seed=0).with_first(40)
-
-
 TINY, LARGE = small_batches.contests()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The example takes one thread; the tests after it must have theirs."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("contest", [*TINY, LARGE], ids=lambda contest: contest.batches)
@@ -58,7 +66,9 @@ def test_a_run_prints_its_table_and_draws_its_picture(tmp_path, capsys):
         ("512 images, mixed", GHOSTS),
     ):
         assert re.search(rf"^{batches} +{rival}{numbers}", printed, re.MULTILINE)
-    assert (tmp_path / "small_batches.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "small_batches.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack_from(">II", picture, 16) == (1000, 400)
     assert str(tmp_path / "small_batches.png") in printed
 
 
