@@ -1,10 +1,9 @@
-"""Forwards that activation checkpointing repeats, that are differentiated twice or compiled: the numbers and the state
-are those of a plain forward."""
+"""Forwards that activation checkpointing repeats or that are differentiated twice give the numbers and the state of a
+plain forward."""
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -404,63 +403,3 @@ def test_double_backward_through_a_checkpoint(fused, face):
     twin, x = copy.deepcopy(plain), batch(0.5)
     expected = penalized(plain, x, plain)
     assert same(penalized(twin, x, lambda x: twin(x, False)), expected)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.compile
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def compiled(model: nn.Module, **options: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    torch._dynamo.reset()
-    yield torch.compile(model, backend="aot_eager", **options)
-    torch._dynamo.reset()
-
-
-def assert_trains_like(run: Callable[[Tensor], Tensor], model: nn.Module, twin: nn.Module, dtype: torch.dtype) -> None:
-    for factor in (1.0, 2.0, 0.5):
-        found, x = [], batch(factor).to(dtype)
-        for call, module in ((run, model), (twin, twin)):
-            leaf = x.clone().requires_grad_()
-            module.zero_grad()
-            y = call(leaf)
-            y.pow(3).mean().backward()
-            found.append([y, leaf.grad, *(p.grad for p in module.parameters()), *state(module).values()])
-        torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@both_paths
-def test_renorm_and_groups_compile_into_one_graph(fused, dtype):
-    model = nn.Sequential(
-        nn.Conv2d(CHANNELS, CHANNELS, 1, dtype=dtype),
-        torchs_face(fused, dtype=dtype, **CHECKPOINTED["renorm"]),
-        tensorflows_face(fused, dtype=dtype, **CHECKPOINTED["groups"]),
-        torchs_face(fused, dtype=dtype, **CHECKPOINTED["groups and renorm"]),
-    )
-    twin = copy.deepcopy(model)
-    with compiled(model, fullgraph=True) as run:
-        assert_trains_like(run, model, twin, dtype)
-        model.eval()
-        twin.eval()
-        x = batch().to(dtype)
-        torch.testing.assert_close(run(x), twin(x))
-
-
-@both_paths
-def test_a_schedule_compiles_with_breaks(fused):
-    model = torchs_face(fused, renorm=True, renorm_clipping=schedules.linear(0, 3), renorm_momentum=0.3)
-    twin = copy.deepcopy(model)
-    with compiled(model) as run:
-        assert_trains_like(run, model, twin, torch.float32)
-
-
-@both_paths
-def test_a_compiled_layer_that_is_not_trainable_stays(fused):
-    layer = tensorflows_face(fused, renorm=True)
-    layer(batch(2.0))
-    layer.trainable = False
-    before, x = state(layer), batch()
-    with compiled(layer, fullgraph=True) as run:
-        assert torch.equal(run(x), layer(x)) and same(state(layer), before)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -87,8 +88,7 @@ def test_a_factor_must_be_a_finite_number_that_is_not_negative(make, what):
 
 
 def test_a_numpy_factor_becomes_a_plain_float():
-    numpy = pytest.importorskip("numpy")
-    assert repr(l1(numpy.float32(0.5))) == "l1(0.5)"
+    assert repr(l1(np.float32(0.5))) == "l1(0.5)"
 
 
 def test_losses_of_leaves_out_what_is_missing_and_keeps_the_order():

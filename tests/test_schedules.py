@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,8 +126,7 @@ def test_clipping_at_converts_every_kind_of_value(device):
 
 
 def test_numpy_scalars_are_numbers():
-    numpy = pytest.importorskip("numpy")
-    clipping = {"rmin": numpy.float32(0.5), "rmax": lambda step: numpy.int64(step)}
+    clipping = {"rmin": np.float32(0.5), "rmax": lambda step: np.int64(step)}
     check_clipping(clipping)
     bounds = clipping_at(clipping, 3)
     assert bounds == (0.5, 3, None) and type(bounds[0]) is type(bounds[1]) is float
