@@ -136,7 +136,7 @@ template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
 constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
-constexpr int64_t kRowBlock = 4 * kRowGroup, kRowSlice = 128, kPlaneSlice = 32768;
+constexpr int64_t kRowBlock = 16 * kRowGroup, kRowSlice = kRowBlock, kPlaneSlice = 32768;
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
