@@ -13,6 +13,7 @@ namespace {
 #include "gradients.inl"
 #include "maps.inl"
 #include "folding.inl"
+#include "finish.inl"
 #include "passes.inl"
 #include "schedule.inl"
 #include "kernels.inl"

@@ -58,27 +58,39 @@ int64_t workspace_bytes(DType dtype, const Extent& e) {
 template <class T>
 struct Workspace {
   Folding folding;
+  int64_t mapped_fold;     // of the last map
   Partition cut;
   Extent extent;           // folded
   double *first, *second;  // [slices, groups, columns], the partial results
   Coefficients<T> coefficients;
 
   Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
-      : folding(f), cut(partition_of(e, block)), extent(e) {
+      : folding(f), mapped_fold(narrowed(f).fold), cut(partition_of(e, block)), extent(e) {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;
     coefficients = {reinterpret_cast<T*>(second + parts), length, e.channels};
   }
-  /// A channel's columns: how many, the first of them in some group, and how far apart they are.
-  int64_t columns() const { return folding.repeat * folding.fold; }
+  /// The first of a channel's columns in some group.
   int64_t first_column(int64_t group, int64_t channel) const {
     return group * extent.channels + channel * folding.repeat;
   }
-  int64_t step() const { return folding.fold > 1 ? folding.channels : 1; }
+  /// Sets a coefficient of some channels, in all columns that the map reads, or the reduction too.
+  void set_for_map(int row, int64_t group, Range channels, const T* values) const {
+    set(row, group, channels, values, mapped_fold);
+  }
+  void set_for_both(int row, int64_t group, Range channels, const T* values) const {
+    set(row, group, channels, values, folding.fold);
+  }
 
-  void set(int64_t group, int64_t channel, int row, T value) const {
-    T* at = coefficients.row(row) + first_column(group, channel);
-    for (int64_t i = 0; i < columns(); ++i) at[i * step()] = value;
+ private:
+  void set(int row, int64_t group, Range channels, const T* values, int64_t fold) const {
+    T* at = coefficients.row(row) + first_column(group, channels.first);
+    const int64_t n = channels.last - channels.first;
+    if (folding.repeat == 1)
+      for (int64_t i = 0; i < fold; ++i) __builtin_memcpy(at + i * folding.channels, values, n * sizeof(T));
+    else
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t i = 0; i < folding.repeat; ++i) *at++ = values[c];
   }
 };

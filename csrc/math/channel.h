@@ -1,6 +1,6 @@
 // The step between the reduction and the map, for one channel: moments to coefficients, saved and running statistics.
 // P is ForwardParams or BackwardParams of kernels.h, T the type of its per-channel parameters; machines differ only in
-// how they hold the partial results, which they hand in as functions of the group.
+// where partial results and coefficients lie.
 #pragma once
 #include "affine.h"
 #include "moments.h"
@@ -33,30 +33,21 @@ BN_INLINE Weights corrected_weights(const P& p, long channel, const Correction& 
   return {gamma * correction.r, plus(beta, gamma, correction.d)};
 }
 
-/// From what the groups have brought, mean_of(group) and variance_of(group), to the weights of the map, with the running
-/// statistics. Several groups share one correction and enter in one step, with the mean of their means and variances.
-template <typename T, class P, class MeanOf, class VarianceOf>
-BN_INLINE Weights finish_forward(const P& p, long channel, const RunningStep& step, const MeanOf& mean_of,
-                                 const VarianceOf& variance_of) {
-  const long channels = p.extent.channels, groups = p.extent.groups;
-  double mean = 0, variance = 0;
-  for (long group = 0; group < groups; ++group) {
-    mean += mean_of(group);
-    variance += variance_of(group);
-  }
-  mean /= groups;
-  variance /= groups;
+/// From the batch's mean and variance to the weights of the map, with the running statistics. Several groups share one
+/// correction and enter in one step: mean and variance are then the means of theirs.
+template <typename T, class P>
+BN_INLINE Weights finish_forward(const P& p, long channel, const RunningStep& step, double mean, double variance) {
   Correction correction{1, 0};
   if (p.running.renorm.mean) {
     const auto average = [&](const void* values) { return double(static_cast<const T*>(values)[channel]); };
     correction = renorm_correction(p.running.renorm, step.renorm, average(p.running.renorm.mean),
                                    average(p.running.renorm.stddev), mean, variance, p.eps);
     p.correction[channel] = correction.r;
-    p.correction[channels + channel] = correction.d;
+    p.correction[p.extent.channels + channel] = correction.d;
   }
   if (p.statistics) {
     p.statistics[channel] = mean;
-    p.statistics[channels + channel] = variance;
+    p.statistics[p.extent.channels + channel] = variance;
   } else {
     update_running<T>(p.running, step, channel, mean, variance, p.eps);
   }
@@ -68,24 +59,19 @@ struct GradientSums {
   double count, dz, dz_deviation;
 };
 
-/// Calls store(group, affine) for every group.
-template <typename T, class P, class SumsOf, class Store>
-BN_INLINE void finish_backward(const P& p, long channel, const SumsOf& sums_of, const Store& store) {
-  const long channels = p.extent.channels, groups = p.extent.groups;
-  const double gamma = parameter<T>(p.weight, channel, 1);
-  const Correction correction = kept_correction(p, channel);
-  double dgamma = 0, dbeta = 0;
-  for (long group = 0; group < groups; ++group) {
-    const double mean = p.mean[group * channels + channel], invstd = p.invstd[group * channels + channel];
-    const GradientSums s = sums_of(group);
-    const double deviation = s.dz_deviation - (mean - double(center_of<T>(mean, invstd))) * s.dz;
-    dgamma += plus(deviation * invstd * correction.r, s.dz, correction.d);
-    dbeta += s.dz;
-    store(group, p.training ? training_gradient<T>(mean, invstd, gamma * correction.r, s.count, s.dz, deviation)
-                            : inference_gradient<T>(mean, invstd, gamma));
-  }
-  if (p.dweight) static_cast<T*>(p.dweight)[channel] = T(dgamma);
-  if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(dbeta);
+/// What one group adds to the gradients of weight and bias, and the coefficients of its map.
+template <typename T>
+struct GroupGradient {
+  double dgamma, dbeta;
+  GradientAffine<T> affine;
+};
+template <typename T>
+BN_INLINE GroupGradient<T> finish_backward(bool training, double mean, double invstd, double gamma,
+                                           const Correction& correction, const GradientSums& s) {
+  const double deviation = s.dz_deviation - (mean - double(center_of<T>(mean, invstd))) * s.dz;
+  return {plus(deviation * invstd * correction.r, s.dz, correction.d), s.dz,
+          training ? training_gradient<T>(mean, invstd, gamma * correction.r, s.count, s.dz, deviation)
+                   : inference_gradient<T>(mean, invstd, gamma)};
 }
 
 }  // namespace torch_bn
