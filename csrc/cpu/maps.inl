@@ -13,7 +13,8 @@ BN_INLINE void advance(Element*& place, const Strides& s) {
 }
 
 /// Registers of a whole line: one written in two parts is slow.
-constexpr bool kCanStream = BN_VECTOR_BYTES == 64;
+template <class D>
+constexpr bool kCanStream = D::kStreams && BN_VECTOR_BYTES == 64;
 
 /// Whether to write an output past the caches: it would push out of the last one what is needed sooner, and each of its
 /// lines would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
@@ -22,7 +23,7 @@ constexpr bool kCanStream = BN_VECTOR_BYTES == 64;
 template <class D>
 bool worth_streaming(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
-  if (!kCanStream) return false;
+  if (!kCanStream<D>) return false;
   const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
   return (reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0 &&
          e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
@@ -245,7 +246,7 @@ void map_elements(const Map& map, const Extent& e, const Coefficients<typename D
 template <class D, class Map>
 void map_elements(const Map& map, bool streamed, const Extent& e, const Coefficients<typename D::Compute>& coefficients,
                   Range outers, Range columns) {
-  if constexpr (kCanStream)
+  if constexpr (kCanStream<D>)
     if (streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
   map_elements<D, false>(map, e, coefficients, outers, columns);
 }
