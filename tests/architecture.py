@@ -13,7 +13,7 @@ MAY_INCLUDE = {
     "math": r"math/\w+\.h|<math\.h>",
     "cpu": r"kernels\.h|math/\w+\.h|cpu/\w+\.(h|inl)|<(atomic|cstdint|cstdlib|cstring|utility)>",
     "cuda": r"kernels\.h|math/\w+\.h|cuda/\w+\.cuh?|<(cuda\w*|cooperative_groups)\.h>",
-    "torch": r"kernels\.h|torch/\w+\.h|<[a-z_]+>|<(torch|ATen|c10|pybind11)/.+>",
+    "torch": r"kernels\.h|torch/\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>|<Python\.h>",
     "torch/cuda": r"kernels\.h|torch/(cuda/)?\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>",
 }
 # Headers that include the whole of torch: each costs every file that sees it half a minute and a gigabyte.

@@ -1,52 +1,69 @@
 // The Python module torch_bn._C: importing it registers the operators (ops.cpp). It exports facts about the build and
-// the choice of the CPU table, nothing else.
-#include <pybind11/pybind11.h>
+// the choice of the CPU table, nothing else: too little for pybind11, whose header alone takes 4 s to compile.
+#include <Python.h>
 #include <torch/version.h>
-
-#include <stdexcept>
-#include <string>
 
 #include "../kernels.h"
 
-namespace py = pybind11;
-
 namespace {
 
-
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = TORCH_VERSION;
+PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
+  const char* compiler = "clang " __clang_version__;
 #else
-  info["compiler"] = "gcc " __VERSION__;
+  const char* compiler = "gcc " __VERSION__;
 #endif
 #if defined(_OPENMP)
-  info["openmp"] = true;
+  PyObject* openmp = Py_True;
 #else
-  info["openmp"] = false;
+  PyObject* openmp = Py_False;
 #endif
-  info["cuda"] = py::none();
-  return info;
+  return Py_BuildValue("{s:s,s:s,s:O,s:O}", "torch", TORCH_VERSION, "compiler", compiler, "openmp", openmp, "cuda", Py_None);
 }
 
-py::list cpu_tables() {
-  py::list names;
-  for (const torch_bn::Kernels* const* table = torch_bn::cpu::supported(); *table; ++table) names.append((*table)->name);
+PyObject* cpu_table(PyObject*, PyObject*) { return PyUnicode_FromString(torch_bn::cpu::selected().name); }
+
+PyObject* cpu_tables(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const torch_bn::Kernels* const* table = torch_bn::cpu::supported(); names && *table; ++table) {
+    PyObject* name = PyUnicode_FromString((*table)->name);
+    if (!name || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
   return names;
 }
 
-void use_cpu_table(const std::string& name) {
-  if (torch_bn::cpu::force(name.c_str())) return;
-  throw py::value_error("use_cpu_table: name must be one of " + std::string(py::str(cpu_tables())) + ", got '" + name + "'");
+PyObject* use_cpu_table(PyObject* self, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8(name);
+  if (!text) return nullptr;
+  if (torch_bn::cpu::force(text)) Py_RETURN_NONE;
+  if (PyObject* names = cpu_tables(self, nullptr)) {
+    PyErr_Format(PyExc_ValueError, "use_cpu_table: name must be one of %R, got '%s'", names, text);
+    Py_DECREF(names);
+  }
+  return nullptr;
 }
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What the extension was built with."},
+    {"cpu_table", cpu_table, METH_NOARGS, "The table in use."},
+    {"cpu_tables", cpu_tables, METH_NOARGS, "The kernel tables that this CPU can run, best first."},
+    {"use_cpu_table", use_cpu_table, METH_O, "Chooses the table for the whole process."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "torch_bn._C",
+    "The compiled kernels of torch_bn: facts about them; the operators are in torch.ops.torch_bn.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The compiled kernels of torch_bn: facts about them; the operators are in torch.ops.torch_bn.";
-  m.def("build_info", &build_info, "What the extension was built with.");
-  m.def("cpu_tables", &cpu_tables, "The kernel tables that this CPU can run, best first.");
-  m.def("cpu_table", [] { return torch_bn::cpu::selected().name; }, "The table in use.");
-  m.def("use_cpu_table", &use_cpu_table, py::arg("name"), "Chooses the table for the whole process.");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
