@@ -72,18 +72,26 @@ struct Sums {
   double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
 };
 
-/// How many outers each group has.
+/// How many outers each group has, and which.
 class GroupSizes {
  public:
-  explicit GroupSizes(const Extent& e) : per_example_(e.outer_per_example) {
+  explicit GroupSizes(const Extent& e) : per_example_(e.outer_per_example), groups_(e.groups) {
     const int64_t examples = e.outer / per_example_;
-    least_ = examples / e.groups;
-    larger_ = examples % e.groups;
+    least_ = examples / groups_;
+    larger_ = examples % groups_;
   }
   int64_t operator[](int64_t group) const { return (least_ + (group < larger_)) * per_example_; }
 
+  /// The first outer of the i-th example, where the groups come one after another.
+  int64_t first_outer(int64_t i) const {
+    const int64_t in_larger = larger_ * (least_ + 1), size = least_ + (i < in_larger);
+    const int64_t group = i < in_larger ? i / size : larger_ + (i - in_larger) / size;
+    const int64_t before = i < in_larger ? i % size : (i - in_larger) % size;
+    return (before * groups_ + group) * per_example_;
+  }
+
  private:
-  int64_t per_example_, least_, larger_;  // the first `larger_` groups have one example more
+  int64_t per_example_, groups_, least_, larger_;  // the first `larger_` groups have one example more
 };
 
 /// The outer indices of one group, numbered from 0.

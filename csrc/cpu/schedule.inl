@@ -28,21 +28,24 @@ Steps steps_of(const Pass& pass) {
           [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
 }
 
-/// The last map over everything, tile by tile: some rows, or some planes of one outer. After a reduction it begins at
-/// the end, which that has left in the caches.
+/// The last map over everything, tile by tile: some rows, or some planes of one outer, of one group after another. After a
+/// reduction it begins at the end, which that has left in the caches.
 void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   constexpr int64_t kTile = 1 << 15, kRows = 32, kWidest = 8192;
   const Extent& e = steps.map_extent;
   const bool rows = e.inner == 1;
   const int64_t width = least(e.channels, rows ? kWidest : ceil_div(kTile, e.inner));
   const int64_t across = ceil_div(e.channels, width);
-  const int64_t height = rows ? most(kRows, kTile / width) : 1, down = ceil_div(e.outer, height);
+  const int64_t run = e.groups == 1 ? e.outer : e.outer_per_example;  // outers of one group, one after another
+  const int64_t height = rows ? least(run, most(kRows, kTile / width)) : 1, down = ceil_div(run, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
-  parallel_for(executor, down * across, grain, [&](int64_t first, int64_t last) {
+  const GroupSizes sizes(e);
+  parallel_for(executor, e.outer / run * down * across, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const int64_t tile = from_end ? first + last - 1 - i : i;
-      const int64_t outer = tile / across * height, column = tile % across * width;
-      steps.map(steps.self, {outer, least(e.outer, outer + height)}, {column, least(e.channels, column + width)});
+      const int64_t tile = from_end ? first + last - 1 - i : i, column = tile % across * width;
+      const int64_t piece = tile / across, from = piece % down * height;
+      const int64_t outer = e.groups == 1 ? 0 : sizes.first_outer(piece / down);
+      steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)});
     }
     end_streaming();
   });
