@@ -77,13 +77,15 @@ def scattered(y: Tensor, input: Tensor, axes: Axes) -> Tensor:
     return unflattened.movedim(target, axes).contiguous()
 
 
-def groups_of(input: Tensor, axes: Axes, virtual_batch_size: int) -> int:
+def groups_of(input: Tensor, axes: Axes, virtual_batch_size: int | None) -> int:
     """How many ghost batches there are: as few as make none larger than virtual_batch_size."""
-    chosen = (axes % input.dim(),) if isinstance(axes, int) else axes
-    if 0 in chosen:
+    if virtual_batch_size is None:
+        return 1
+    chosen = resolved(axes, input)
+    if chosen == 0 or (not isinstance(chosen, int) and 0 in chosen):
         raise ValueError(
             "batch_norm: virtual_batch_size divides the examples of dimension 0, so axis must not include 0, "
-            f"got {axes if isinstance(axes, int) else list(axes)}"
+            f"got {chosen if isinstance(chosen, int) else list(chosen)}"
         )
     return max(1, -(-input.size(0) // virtual_batch_size))
 

@@ -132,10 +132,12 @@ def batch_norm(
     if isinstance(axes, int) and (plain or not training):
         return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused)
     bounds = clipping_at(renorm_clipping, 0)
+    extras = Extras(
+        groups=_shapes.groups_of(input, axes, virtual_batch_size) if training else 1,
+        renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None,
+    )
     return _batch_norm_with(
-        *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused),
-        Extras(renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None),
-        virtual_batch_size,
+        *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused, extras),
         _shapes.adjustment_of(adjustment, input, axes) if training else None,
     )
 
@@ -153,15 +155,17 @@ def _batch_norm_with(
     axes: int | tuple[int, ...],
     fused: bool | None,
     extras: Extras,
-    virtual_batch_size: int | None = None,
-    adjusted: _shapes.Adjustment | None = None,
+    adjusted: _shapes.Adjustment | None,
 ) -> Tensor:
     """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
-    axes = _shapes.resolved(axes, input)
     if not training:
         extras, adjusted = Extras(strict=extras.strict), None
-    elif virtual_batch_size is not None:
-        extras = extras._replace(groups=_shapes.groups_of(input, axes, virtual_batch_size))
+    if isinstance(axes, int) and adjusted is None:
+        return _batch_norm(
+            *(input, weight, bias, running_mean, running_var, num_batches_tracked),
+            *(training, momentum, eps, axes, fused, extras),
+        )
+    axes = _shapes.resolved(axes, input)
     x, axis = _shapes.gathered(input, axes)
     if adjusted is not None:  # then the operator does not see weight and bias as they are
         check(
@@ -220,7 +224,7 @@ def _batch_norm(
         return _operators.batch_norm(*plain, *extras[:3], *(renorm or _NO_RENORM), statistics)  # type: ignore[no-any-return]
 
     stateless = running_mean is None and num_batches_tracked is None and extras.renorm is None
-    if not training or stateless or (torch.compiler.is_compiling() and not extras.frozen):
+    if not training or stateless or not (extras.frozen or updates.interfere(extras.renorm)):
         return run(None, extras.renorm)
 
     def room() -> Tensor:

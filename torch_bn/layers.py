@@ -220,14 +220,14 @@ class BatchNormalization(nn.Module):
             )
         train = self.training if training is None else read_training(training)
         axes = self._axes(inputs)
-        if self.virtual_batch_size is not None:
-            self._check_ghosts(inputs, axes, train)
+        groups = self._groups(inputs, axes, train)
         if train and self.adjustment is not None and not callable(self.adjustment):
             raise TypeError(f"BatchNormalization: adjustment must be callable or None, got {self.adjustment!r}")
         adjusted = _shapes.adjustment_of(self.adjustment, inputs, axes) if train else None
         self.build(inputs)
         self._check_channels(inputs, axes)
         extras = Extras(
+            groups=groups,
             unbiased=train and self._is_unbiased(inputs, axes),
             strict=False,
             renorm=self._renorm_state() if train and self.renorm else None,
@@ -235,7 +235,7 @@ class BatchNormalization(nn.Module):
         )
         return _batch_norm_with(
             *(inputs, self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked, train),
-            *(1 - self.momentum, self.epsilon, axes, self.fused, extras, self.virtual_batch_size, adjusted),
+            *(1 - self.momentum, self.epsilon, axes, self.fused, extras, adjusted),
         )
 
     def layer_losses(self) -> list[Tensor]:
@@ -264,15 +264,16 @@ class BatchNormalization(nn.Module):
             )
         return self.axis % rank
 
-    def _check_ghosts(self, inputs: Tensor, axes: _shapes.Axes, training: bool) -> None:
+    def _groups(self, inputs: Tensor, axes: _shapes.Axes, training: bool) -> int:
+        """How many ghost batches there are; they must be equally large."""
         size = self.virtual_batch_size
-        assert size is not None
-        _shapes.groups_of(inputs, axes, size)
-        if training and inputs.size(0) % size:
+        groups = _shapes.groups_of(inputs, axes, size)
+        if training and size is not None and inputs.size(0) % size:
             raise ValueError(
                 f"BatchNormalization: virtual_batch_size must divide the batch, got {size} for "
                 f"{inputs.size(0)} examples"
             )
+        return groups
 
     def _check_channels(self, inputs: Tensor, axes: _shapes.Axes) -> None:
         assert self.running_mean is not None  # built

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import Renorm
-from ._shapes import adjustment_of
+from ._shapes import adjustment_of, groups_of
 from .functional import (
     Extras,
     _batch_norm,
@@ -190,12 +190,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         if weight is None and bias is None and running_mean is None:
             self._check_num_features(input)
+        extras = None
         if training and (self.renorm or self.virtual_batch_size is not None or self.adjustment is not None):
-            return _batch_norm_with(
-                *(input, weight, bias, running_mean, running_var, num_batches_tracked, training),
-                *(self.momentum, self.eps, self.axis, self.fused, Extras(renorm=self._renorm_state())),
-                *(self.virtual_batch_size, adjustment_of(self.adjustment, input, self.axis)),
-            )
+            groups = groups_of(input, self.axis, self.virtual_batch_size)
+            extras = Extras(groups, renorm=self._renorm_state() if self.renorm else None)
+            if self.adjustment is not None:
+                return _batch_norm_with(
+                    *(input, weight, bias, running_mean, running_var, num_batches_tracked, training),
+                    *(self.momentum, self.eps, self.axis, self.fused, extras),
+                    adjustment_of(self.adjustment, input, self.axis),
+                )
         return _batch_norm(
             input,
             weight,
@@ -208,11 +212,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             self.axis,
             self.fused,
+            extras,
         )
 
-    def _renorm_state(self) -> Renorm | None:
-        if not self.renorm:
-            return None
+    def _renorm_state(self) -> Renorm:
         clipping = self.renorm_clipping
         step = 0
         if clipping and any(callable(bound) for bound in clipping.values()):

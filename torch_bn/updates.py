@@ -107,10 +107,12 @@ def recomputes() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def interfere() -> bool:
-    """Whether a plain layer may not update its running statistics on the way now. Compiled graphs do not recompute
+def interfere(renorm: Renorm | None = None) -> bool:
+    """Whether a layer may not simply update its running statistics on the way now. Compiled graphs do not recompute
     updates."""
-    return not torch.compiler.is_compiling() and (recomputes() or collector() is not None)
+    if torch.compiler.is_compiling():
+        return False
+    return recomputes() or collector() is not None or (renorm is not None and _may_be_checkpointed())
 
 
 class Pass(NamedTuple):
@@ -131,14 +133,12 @@ _history: Any = WeakTensorKeyDictionary()
 def forward(
     run: Run, room: Callable[[], Tensor], renorm: Renorm | None, update: Callable[[Tensor], Update]
 ) -> Tensor:
-    """Runs a forward in training whose update may not simply happen on the way: in a :func:`deferred_updates` block, or
-    with renorm. `room` makes a float64 [2, C] for the batch's statistics."""
+    """Runs a forward in training whose update may not simply happen on the way. `room` makes a float64 [2, C] for the
+    batch's statistics."""
     if recomputes():
         return run(room(), None) if renorm is None else _forward_again(run, room, renorm)
     collected = collector()
     remembered = renorm is not None and _may_be_checkpointed()
-    if collected is None and not remembered:
-        return run(None, renorm)
     statistics = room()
     averages = renorm.cloned() if renorm is not None and remembered else None
     y = run(statistics, renorm)
