@@ -35,30 +35,40 @@ struct Forwarded {
   const typename D::Compute *center, *scale, *shift;  // [columns]
 };
 
+/// Adds the sums over the units [first, last) of at most kPlanes channels.
 template <class D, bool kPlain>
-__attribute__((flatten)) void plane_gradients(const BackwardParams& p, const Partition& cut,
-                                              const GroupOuters& outers, Range units, int64_t channel,
-                                              const Forwarded<D>& forwarded, double* sum_dz,
-                                              double* sum_dz_deviation) {
-  const Vec<D> center = splat<D>(forwarded.center[channel]), scale = splat<D>(forwarded.scale[channel]),
-               shift = splat<D>(forwarded.shift[channel]);
-  for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
-    Sums<D> sums;
-    for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
-      const Segment s = segment_of(p.extent, cut, outers, u);
-      const UpstreamGradient<D, kPlain> from(p, s.outer, channel, s.begin);
-      prefetch_next_channel<D>(from.x, p.x_strides.channel, s.count);
-      prefetch_next_channel<D>(from.dy, p.dy_strides.channel, s.count);
-      sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
-        const Vec<D> deviation = load<D>(from.x + i, count) - center;
-        const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
-        s1 += keep<D>(dz, count);
-        s2 += keep<D>(dz * deviation, count);
-      });
+__attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
+                                                    const GroupOuters& outers, Range units, Range channels,
+                                                    const Forwarded<D>& forwarded, double* __restrict sum_dz,
+                                                    double* __restrict sum_dz_deviation) {
+  for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+      const Vec<D> center = splat<D>(forwarded.center[c]), scale = splat<D>(forwarded.scale[c]),
+                   shift = splat<D>(forwarded.shift[c]);
+      Sums<D> sums;
+      for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
+        const Segment s = segment_of(p.extent, cut, outers, u);
+        const UpstreamGradient<D, kPlain> from(p, s.outer, c, s.begin);
+        prefetch_next_channel<D>(from.x, p.x_strides.channel, s.count);
+        prefetch_next_channel<D>(from.dy, p.dy_strides.channel, s.count);
+        sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
+          const Vec<D> deviation = load<D>(from.x + i, count) - center;
+          const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
+          s1 += keep<D>(dz, count);
+          s2 += keep<D>(dz * deviation, count);
+        });
+      }
+      sum_dz[c] += sums.total_first();
+      sum_dz_deviation[c] += sums.total_second();
     }
-    *sum_dz += sums.total_first();
-    *sum_dz_deviation += sums.total_second();
-  }
+}
+
+template <class D, bool kPlain>
+void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
+                     Range channels, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
+  for (int64_t c = channels.first; c < channels.last; c += kPlanes)
+    plane_group_gradients<D, kPlain>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, forwarded, sum_dz,
+                                     sum_dz_deviation);
 }
 
 /// Adds the sums over n rows, for `width` adjacent columns.

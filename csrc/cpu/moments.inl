@@ -16,58 +16,89 @@ __attribute__((noinline)) Moments moments_in_double(int64_t n, const At& at) {
 
 BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
 
-/// Moments of the units [first, last) of one channel, whose planes begin at x.
+constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
+
+/// Moments of the units [first, last) of at most kPlanes channels, into mean and m2.
 template <class D>
-__attribute__((flatten)) Moments plane_moments(const ForwardParams& p, const Partition& cut,
-                                               const GroupOuters& outers, Range units,
-                                               const typename D::Element* x) {
+__attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
+                                                  Range units, Range channels, double* __restrict mean,
+                                                  double* __restrict m2) {
   using Compute = typename D::Compute;
-  Moments total{0, 0, 0};
-  if (units.first == units.last) return total;
+  const int width = int(channels.last - channels.first);
   const auto segment = [&](int64_t unit) { return segment_of(p.extent, cut, outers, unit); };
-  const auto begin_of = [&](const Segment& s) { return x + s.outer * p.x_strides.outer + s.begin; };
+  const auto begin_of = [&](const Segment& s, int c) {
+    return static_cast<const typename D::Element*>(p.x) + s.outer * p.x_strides.outer +
+           (channels.first + c) * p.x_strides.channel + s.begin;
+  };
+  Compute pivot[kPlanes];
+  double s1[kPlanes], s2[kPlanes], block_mean[kPlanes], block_m2[kPlanes];
+  const auto or_zero = [](Compute value) { return value - value == 0 ? value : Compute(0); };
   const Segment opening = segment(units.first);
   const int few = int(least(kLanes<D>, opening.count));
-  Compute pivot = Compute(sum_of_lanes<D>(load<D>(begin_of(opening), few)) / few);
-  if (!finite(pivot, 0)) pivot = 0;
+  for (int c = 0; c < width; ++c)
+    pivot[c] = or_zero(Compute(sum_of_lanes<D>(load<D>(begin_of(opening, c), few)) / few));
+  double before = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
     const int64_t end = least(unit + cut.whole, units.last);
-    const auto sums_around = [&](Compute centre) {
+    int64_t samples = 0;
+    for (int64_t u = unit; u < end; ++u) samples += segment(u).count;
+    const double count = double(samples), per_sample = 1 / count, weight = count / (before + count);
+    const auto sum_around_pivot = [&](int c) {
       Sums<D> sums;
-      const Vec<D> c = splat<D>(centre);
+      const Vec<D> center = splat<D>(pivot[c]);
       for (int64_t u = unit; u < end; ++u) {
         const Segment s = segment(u);
-        const auto* from = begin_of(s);
+        const auto* from = begin_of(s, c);
         prefetch_next_channel<D>(from, p.x_strides.channel, s.count);
-        sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
-          const Vec<D> d = keep<D>(load<D>(from + i, count) - c, count);
-          s1 += d;
-          s2 += d * d;
+        sums.add(s.count, [&](int64_t i, auto lanes, Vec<D>& first, Vec<D>& second) {
+          const Vec<D> d = keep<D>(load<D>(from + i, lanes) - center, lanes);
+          first += d;
+          second += d * d;
         });
       }
-      return sums;
+      s1[c] = sums.total_first();
+      s2[c] = sums.total_second();
     };
-    int64_t n = 0;
-    for (int64_t u = unit; u < end; ++u) n += segment(u).count;
-    Sums<D> sums = sums_around(pivot);
-    double s1 = sums.total_first(), s2 = sums.total_second();
-    if (!centred(double(n), s1, s2)) {
-      pivot += Compute(s1 / double(n));
-      sums = sums_around(pivot);
-      s1 = sums.total_first(), s2 = sums.total_second();
+    for (int c = 0; c < width; ++c) sum_around_pivot(c);
+    for (int c = 0; c < width; ++c)
+      if (!centred(count, s1[c], s2[c])) {
+        pivot[c] += Compute(s1[c] * per_sample);
+        sum_around_pivot(c);
+      }
+    for (int c = 0; c < width; ++c) {
+      block_mean[c] = mean_of_sums(per_sample, double(pivot[c]), s1[c]);
+      block_m2[c] = m2_of_sums(per_sample, s1[c], s2[c]);
     }
-    Moments block{double(n), mean_of_sums(1 / double(n), double(pivot), s1), m2_of_sums(1 / double(n), s1, s2)};
-    if (!finite(s1, s2)) {
-      block = moments_in_double(n, [&](int64_t i) {
-        const Segment s = segment(unit + i / segment(unit).count);
-        return element<D>(begin_of(s) + i % segment(unit).count);
-      });
+    for (int c = 0; c < width; ++c)
+      if (!finite(s1[c], s2[c])) {
+        const Moments block = moments_in_double(samples, [&](int64_t i) {
+          const Segment s = segment(unit + i / segment(unit).count);
+          return element<D>(begin_of(s, c) + i % segment(unit).count);
+        });
+        block_mean[c] = block.mean;
+        block_m2[c] = block.m2;
+      }
+    for (int c = 0; c < width; ++c) {
+      if (before == 0)
+        mean[c] = block_mean[c], m2[c] = block_m2[c];
+      else
+        join(mean[c], m2[c], before, block_mean[c], block_m2[c], weight);
+      pivot[c] = or_zero(Compute(mean[c]));
     }
-    total = merge(total, block);
-    pivot = Compute(total.mean);
-    if (!finite(pivot, 0)) pivot = 0;
+    before += count;
   }
-  return total;
+}
+
+/// Moments of the units [first, last) of the channels, into mean and m2.
+template <class D>
+void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
+                   double* mean, double* m2) {
+  for (int64_t c = channels.first; c < channels.last; c += kPlanes) {
+    if (units.first == units.last)
+      for (int64_t k = c; k < least(c + kPlanes, channels.last); ++k) mean[k] = m2[k] = 0;
+    else
+      plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
+  }
 }
 
 /// Sums of deviations and of their squares over n rows, for `width` adjacent columns.

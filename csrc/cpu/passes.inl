@@ -43,7 +43,6 @@ void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute
 template <class D>
 struct Forward {
   typedef D Type;
-  using Element = typename D::Element;
   const ForwardParams& given;
   const Folding folding;
   const ForwardParams p, mapped;  // folded
@@ -63,12 +62,7 @@ struct Forward {
     const Part part(p.extent, work.cut, group, slice);
     double *mean = work.first + part.at, *m2 = work.second + part.at;
     if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
-    for (int64_t c = columns.first; c < columns.last; ++c) {
-      const auto* plane = static_cast<const Element*>(p.x) + c * p.x_strides.channel;
-      const Moments m = plane_moments<D>(p, work.cut, part.outers, part.units, plane);
-      mean[c] = m.mean;
-      m2[c] = m.m2;
-    }
+    plane_moments<D>(p, work.cut, part.outers, part.units, columns, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns) const { normalize<D>(mapped, streamed, work.coefficients, outers, columns); }
@@ -121,8 +115,7 @@ struct Backward {
     for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
     if (p.extent.inner == 1)
       return row_gradients<D, kPlain>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
-    for (int64_t c = columns.first; c < columns.last; ++c)
-      plane_gradients<D, kPlain>(p, work.cut, part.outers, part.units, c, forwarded, dz + c, dz_deviation + c);
+    plane_gradients<D, kPlain>(p, work.cut, part.outers, part.units, columns, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns) const {
