@@ -86,6 +86,7 @@ __attribute__((flatten)) void add_row_block(const UpstreamGradient<D, kPlain>* r
       if constexpr (!kPlain) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
       Vec<D> s1 = {}, s2 = {};
       for (int r = begin; r < begin + decltype(rows)::value; ++r) {
+        if (r + kRowGroup < n) prefetch_ahead(row[r + kRowGroup].x + c), prefetch_ahead(row[r + kRowGroup].dy + c);
         const Vec<D> deviation = load<D>(row[r].x + c, count) - center;
         const Vec<D> dz = row[r].dz(c, count, deviation, scale, shift);
         s1 += dz;

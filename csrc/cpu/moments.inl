@@ -114,6 +114,7 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
       Vec<D> s1[2] = {}, s2[2] = {};  // short chains: rounding grows with their length
 #pragma GCC unroll 8
       for (int r = 0; r < decltype(rows)::value; ++r) {
+        if (begin + kRowGroup + r < n) prefetch_ahead(row[begin + kRowGroup + r] + c);
         const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
         s1[r % 2] += d;
         s2[r % 2] += d * d;
