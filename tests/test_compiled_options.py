@@ -9,7 +9,9 @@ import pytest
 import torch
 from faces import CHANNELS, batch, one_thread, same, state, tensorflows_face, torchs_face
 from layer_pairs import both_paths
+from paths import KERNELS
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torch_bn import schedules
 
@@ -71,3 +73,50 @@ def test_a_compiled_layer_that_is_not_trainable_stays(fused):
     before, x = state(layer), batch()
     with compiled(layer, fullgraph=True) as run:
         assert torch.equal(run(x), layer(x)) and same(state(layer), before)
+
+
+@contextmanager
+def compiled_and_checkpointed(
+    model: nn.Module, order: str, use_reentrant: bool
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    torch._dynamo.reset()
+    segment = torch.compile(model, backend="aot_eager") if order == "a compiled segment" else model
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(segment, x, use_reentrant=use_reentrant)
+
+    yield torch.compile(run, backend="aot_eager") if order == "a segment in a compiled function" else run
+    torch._dynamo.reset()
+
+
+both_orders = pytest.mark.parametrize("order", ["a compiled segment", "a segment in a compiled function"])
+both_kinds = pytest.mark.parametrize("use_reentrant", [False, True], ids=["not reentrant", "reentrant"])
+
+
+@both_kinds
+@both_orders
+@pytest.mark.parametrize("virtual_batch_size", [None, 3], ids=["", "ghosts"])
+@pytest.mark.parametrize("fused", [KERNELS])
+def test_a_compiled_forward_repeated_by_checkpointing_updates_once(fused, virtual_batch_size, order, use_reentrant):
+    layer = torchs_face(fused, momentum=None, virtual_batch_size=virtual_batch_size)
+    model = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), layer)
+    twin = copy.deepcopy(model)
+    with compiled_and_checkpointed(model, order, use_reentrant) as run:
+        assert_trains_like(run, model, twin, torch.float32)
+    assert model[1].num_batches_tracked == 3
+
+
+@both_kinds
+@both_orders
+@pytest.mark.parametrize("fused", [KERNELS])
+def test_a_compiled_forward_with_renorm_refuses_to_be_repeated(fused, order, use_reentrant):
+    model = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), torchs_face(fused, **RENORM))
+    x = batch().requires_grad_()
+    with compiled_and_checkpointed(model, order, use_reentrant) as run:
+        y = run(x)
+        before = state(model)
+        with pytest.raises(
+            RuntimeError, match="a forward with renorm cannot be repeated"
+        ):
+            y.sum().backward()
+    assert same(state(model), before)

@@ -2,6 +2,7 @@
 // struct and calls the table of kernels. autograd.cpp makes them differentiable, torch_bn/_fake.py gives their shapes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <fstream>
@@ -142,10 +143,16 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
+  // A forward inside backward is activation checkpointing: its batch has entered the running statistics already.
+  const bool repeated = !statistics && torch::autograd::get_current_graph_task_id() != -1;
+  TORCH_CHECK(!repeated || !renorm_mean,
+              "batch_norm: in a graph of torch.compile a forward with renorm cannot be repeated by torch.utils.checkpoint, "
+              "because its averages have moved on since; use one of the two for such layers");
+  const OptionalTensor apart = repeated ? make_empty({2, channels}, input, at::kDouble) : statistics;
   at::Tensor output = layout.empty(input);
   at::Tensor saved = make_empty({2 * groups + (renorm_mean ? 2 : 0), channels}, input, at::kDouble);
   if (input.numel() == 0) {
-    if (!statistics && num_batches_tracked) num_batches_tracked->add_(1);
+    if (!apart && num_batches_tracked) num_batches_tracked->add_(1);
     return {output, saved.zero_()};
   }
   at::Tensor x = input;
@@ -171,10 +178,10 @@ std::tuple<at::Tensor, at::Tensor> forward(
                    .correction = renorm_mean ? rows + 2 * groups * channels : nullptr,
                    .running = buffers.running(momentum, renorm_momentum, rmin, rmax, dmax),
                    .unbiased = unbiased,
-                   .statistics = statistics ? statistics->mutable_data_ptr<double>() : nullptr,
+                   .statistics = apart ? apart->mutable_data_ptr<double>() : nullptr,
                    .workspace = workspace.data()},
                   host_threads());
-  if (!statistics) buffers.write_back();
+  if (!apart) buffers.write_back();
   return {output, saved};
 }
 
