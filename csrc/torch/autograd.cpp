@@ -10,7 +10,10 @@
 #include <ATen/ops/var_mean.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
+
+#include "autograd.h"
 
 namespace torch_bn {
 namespace {
@@ -284,6 +287,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
 }
 
 }  // namespace
+
+bool inside_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 
 TORCH_LIBRARY_IMPL(torch_bn, Autograd, m) {
   m.impl("batch_norm", &batch_norm);

@@ -2,13 +2,13 @@
 // struct and calls the table of kernels. autograd.cpp makes them differentiable, torch_bn/_fake.py gives their shapes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <fstream>
 #include <limits>
 
 #include "../kernels.h"
+#include "autograd.h"
 #include "checks.h"
 #include "layout.h"
 
@@ -144,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
   // A forward inside backward is activation checkpointing: its batch has entered the running statistics already.
-  const bool repeated = !statistics && torch::autograd::get_current_graph_task_id() != -1;
+  const bool repeated = !statistics && inside_backward();
   TORCH_CHECK(!repeated || !renorm_mean,
               "batch_norm: in a graph of torch.compile a forward with renorm cannot be repeated by torch.utils.checkpoint, "
               "because its averages have moved on since; use one of the two for such layers");
