@@ -35,8 +35,11 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
   const auto or_zero = [](Compute value) { return value - value == 0 ? value : Compute(0); };
   const Segment opening = segment(units.first);
   const int few = int(least(kLanes<D>, opening.count));
-  for (int c = 0; c < width; ++c)
-    pivot[c] = or_zero(Compute(sum_of_lanes<D>(load<D>(begin_of(opening, c), few)) / few));
+  for (int c = 0; c < width; ++c) {
+    const auto* from = begin_of(opening, c);
+    const Vec<D> first = few == kLanes<D> ? load<D>(from) : load<D>(from, few);
+    pivot[c] = or_zero(Compute(sum_of_lanes<D>(first) / few));
+  }
   double before = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
     const int64_t end = least(unit + cut.whole, units.last);
