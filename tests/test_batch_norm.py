@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paths import KERNELS
+from paths import KERNELS, PATHS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -254,6 +254,15 @@ def test_huge_values_do_not_overflow():
     torch.testing.assert_close(
         batch_norm(x, None, None, training=True, fused=True).double(), expected, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (300, 64), (8, 3, 7, 7), (4, 3, 40, 40)], ids=str)
+@pytest.mark.parametrize("fused", PATHS)
+def test_a_mean_whose_square_overflows_float64(fused, shape):
+    x = torch.full(shape, 1e170, dtype=torch.float64)
+    mean, var = torch.zeros(shape[1], dtype=torch.float64), torch.ones(shape[1], dtype=torch.float64)
+    y = batch_norm(x, mean, var, training=True, momentum=1.0, fused=fused)
+    assert y.eq(0).all() and mean.eq(1e170).all() and var.eq(0).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

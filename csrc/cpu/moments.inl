@@ -18,7 +18,7 @@ BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
 
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
-/// Moments of the units [first, last) of at most kPlanes channels, into mean and m2.
+/// Joins the units [first, last) of at most kPlanes channels to mean and m2, which are 0.
 template <class D>
 __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
                                                   Range units, Range channels, double* __restrict mean,
@@ -82,10 +82,7 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
         block_m2[c] = block.m2;
       }
     for (int c = 0; c < width; ++c) {
-      if (before == 0)
-        mean[c] = block_mean[c], m2[c] = block_m2[c];
-      else
-        join(mean[c], m2[c], before, block_mean[c], block_m2[c], weight);
+      join(mean[c], m2[c], before, block_mean[c], block_m2[c], weight);
       pivot[c] = or_zero(Compute(mean[c]));
     }
     before += count;
@@ -96,12 +93,10 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
                    double* mean, double* m2) {
-  for (int64_t c = channels.first; c < channels.last; c += kPlanes) {
-    if (units.first == units.last)
-      for (int64_t k = c; k < least(c + kPlanes, channels.last); ++k) mean[k] = m2[k] = 0;
-    else
-      plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
-  }
+  for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = m2[c] = 0;
+  if (units.first == units.last) return;
+  for (int64_t c = channels.first; c < channels.last; c += kPlanes)
+    plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
 }
 
 /// Sums of deviations and of their squares over n rows, for `width` adjacent columns.

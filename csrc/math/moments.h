@@ -26,10 +26,11 @@ BN_INLINE bool centred(T count, T s1, T s2) {
 
 /// Joins disjoint samples (Chan, Golub, LeVeque 1979) to `count` earlier ones; `weight` is the share of the new ones in
 /// all. The mean is a weighted sum rather than mean + delta * weight, so that an infinite mean stays infinite; equal means
-/// stay as they are, so that a constant is found constant.
+/// stay as they are, so that a constant is found constant. To none, of mean and m2 0, whatever finite samples join
+/// exactly: no square of delta stands alone, which might overflow.
 BN_INLINE void join(double& mean, double& m2, double count, double new_mean, double new_m2, double weight) {
   const double delta = new_mean - mean;
-  m2 += new_m2 + delta * delta * count * weight;
+  m2 += new_m2 + count * weight * delta * delta;
   mean = delta == 0 ? mean : mean * (1 - weight) + new_mean * weight;
 }
 
