@@ -99,11 +99,11 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
     plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
 }
 
-/// Sums of deviations and of their squares over n rows, for `width` adjacent columns.
+/// Sums of deviations and of their squares over n rows, for `width` adjacent columns; `known` rows can be fetched ahead.
 template <class D>
-__attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width,
-                                             const typename D::Compute* pivot, typename D::Compute* first,
-                                             typename D::Compute* second) {
+__attribute__((flatten)) void sum_few_deviations(const typename D::Element* const* row, int n, int known, int64_t width,
+                                                 const typename D::Compute* pivot, typename D::Compute* first,
+                                                 typename D::Compute* second) {
   using P = Parameter<D>;
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   const auto add = [&](int begin, auto rows) {
@@ -112,7 +112,7 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
       Vec<D> s1[2] = {}, s2[2] = {};  // short chains: rounding grows with their length
 #pragma GCC unroll 8
       for (int r = 0; r < decltype(rows)::value; ++r) {
-        if (begin + kRowGroup + r < n) prefetch_ahead(row[begin + kRowGroup + r] + c);
+        if (begin + kRowGroup + r < known) prefetch_ahead(row[begin + kRowGroup + r] + c);
         const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
         s1[r % 2] += d;
         s2[r % 2] += d * d;
@@ -126,26 +126,41 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   for (; r < n; ++r) add(r, Number<1>{});
 }
 
+/// The same over many rows: what a few have summed to is added in double.
+template <class D>
+void sum_deviations(const typename D::Element* const* row, int n, int64_t width, const typename D::Compute* pivot,
+                    double* __restrict first, double* __restrict second) {
+  constexpr int kFew = 4 * kRowGroup;
+  typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  for (int r = 0; r < n; r += kFew) {
+    sum_few_deviations<D>(row + r, n - r < kFew ? n - r : kFew, n - r, width, pivot, few_first, few_second);
+    for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
+    for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
+  }
+}
+
 /// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
 void join_row_block(const typename D::Element* const* row, int n, int64_t width, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
-  Compute pivot[kSkewedBlock<D>] = {}, first[kSkewedBlock<D>], second[kSkewedBlock<D>];
+  Compute pivot[kSkewedBlock<D>] = {};
+  double first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
     sum_deviations<D>(row, few, width, pivot, first, second);
-    for (int64_t c = 0; c < width; ++c) pivot[c] = first[c] / Compute(few);
+    for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
   for (int64_t c = 0; c < width; ++c) pivot[c] = pivot[c] - pivot[c] == 0 ? pivot[c] : Compute(0);
   sum_deviations<D>(row, n, width, pivot, first, second);
   int far = 0, special = 0;
-  for (int64_t c = 0; c < width; ++c) far |= !centred(Compute(n), first[c], second[c]);
+  for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
   if (far) {
-    for (int64_t c = 0; c < width; ++c) pivot[c] += first[c] / Compute(n);
+    for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
     sum_deviations<D>(row, n, width, pivot, first, second);
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
