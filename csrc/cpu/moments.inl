@@ -16,6 +16,12 @@ __attribute__((noinline)) Moments moments_in_double(int64_t n, const At& at) {
 
 BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
 
+/// A pivot may be any number, but must be one.
+template <class T>
+BN_INLINE T finite_or_zero(T value) {
+  return value - value == 0 ? value : T(0);
+}
+
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
 /// Joins the units [first, last) of at most kPlanes channels to mean and m2, which are 0.
@@ -32,13 +38,12 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
   };
   Compute pivot[kPlanes];
   double s1[kPlanes], s2[kPlanes], block_mean[kPlanes], block_m2[kPlanes];
-  const auto or_zero = [](Compute value) { return value - value == 0 ? value : Compute(0); };
   const Segment opening = segment(units.first);
   const int few = int(least(kLanes<D>, opening.count));
   for (int c = 0; c < width; ++c) {
     const auto* from = begin_of(opening, c);
     const Vec<D> first = few == kLanes<D> ? load<D>(from) : load<D>(from, few);
-    pivot[c] = or_zero(Compute(sum_of_lanes<D>(first) / few));
+    pivot[c] = finite_or_zero(Compute(sum_of_lanes<D>(first) / few));
   }
   double before = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
@@ -83,7 +88,7 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
       }
     for (int c = 0; c < width; ++c) {
       join(mean[c], m2[c], before, block_mean[c], block_m2[c], weight);
-      pivot[c] = or_zero(Compute(mean[c]));
+      pivot[c] = finite_or_zero(Compute(mean[c]));
     }
     before += count;
   }
@@ -155,7 +160,7 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
-  for (int64_t c = 0; c < width; ++c) pivot[c] = pivot[c] - pivot[c] == 0 ? pivot[c] : Compute(0);
+  for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
   sum_deviations<D>(row, n, width, pivot, first, second);
   int far = 0, special = 0;
   for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
