@@ -71,50 +71,41 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
                                      sum_dz_deviation);
 }
 
-/// Adds the sums over n rows, for `width` adjacent columns.
+/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on. One row after
+/// another, while the next of those up to `known` is fetched: as memory is quickest to read.
 template <class D, bool kPlain>
-__attribute__((flatten)) void add_row_block(const UpstreamGradient<D, kPlain>* row, int n, int64_t width,
-                                            const Forwarded<D>& forwarded, double* __restrict sum_dz,
-                                            double* __restrict sum_dz_deviation) {
+__attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
+                                                int64_t known, int64_t column, int64_t width,
+                                                const Forwarded<D>& forwarded, typename D::Compute* first,
+                                                typename D::Compute* second) {
   using P = Parameter<D>;
-  typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  const auto add = [&](int begin, auto rows) {
+  UpstreamGradient<D, kPlain> row(p, outers[rows.first], column, 0);
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    const UpstreamGradient<D, kPlain> next(p, outers[least(r + 1, known - 1)], column, 0);
     each_register<D>(width, [&](int64_t c, auto count) {
-      const Vec<D> center = load<P>(forwarded.center + c, count);
+      prefetch_ahead(next.x + c), prefetch_ahead(next.dy + c);
+      const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};
       if constexpr (!kPlain) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
-      Vec<D> s1 = {}, s2 = {};
-      for (int r = begin; r < begin + decltype(rows)::value; ++r) {
-        if (r + kRowGroup < n) prefetch_ahead(row[r + kRowGroup].x + c), prefetch_ahead(row[r + kRowGroup].dy + c);
-        const Vec<D> deviation = load<D>(row[r].x + c, count) - center;
-        const Vec<D> dz = row[r].dz(c, count, deviation, scale, shift);
-        s1 += dz;
-        s2 += dz * deviation;
-      }
-      store<P>(first + c, load<P>(first + c, count) + s1, count);
-      store<P>(second + c, load<P>(second + c, count) + s2, count);
+      const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
+      store<P>(first + c, load<P>(first + c, count) + dz, count);
+      store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
     });
-  };
-  int r = 0;
-  for (; r + kRowGroup <= n; r += kRowGroup) add(r, Number<kRowGroup>{});
-  for (; r < n; ++r) add(r, Number<1>{});
-  for (int64_t c = 0; c < width; ++c) sum_dz[c] += first[c];
-  for (int64_t c = 0; c < width; ++c) sum_dz_deviation[c] += second[c];
+    row = next;
+  }
 }
 
 /// Adds the sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
 template <class D, bool kPlain>
 void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
-                   const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
-  const int64_t c = columns.first;
-  for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
-    const int n = int(least(kRowBlock, rows.last - begin));
-    UpstreamGradient<D, kPlain> row[kRowBlock];
-    order_rows<D>(p.extent, n, [&](int64_t i, int64_t r) {
-      row[i] = UpstreamGradient<D, kPlain>(p, outers[begin + r], c, 0);
-    });
-    add_row_block<D, kPlain>(row, n, columns.last - c, {forwarded.center + c, forwarded.scale + c, forwarded.shift + c},
-                             sum_dz + c, sum_dz_deviation + c);
+                   const Forwarded<D>& forwarded, double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
+  typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
+  const int64_t c = columns.first, width = columns.last - c;
+  for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
+    sum_few_gradients<D, kPlain>(p, outers, {r, least(r + kFewRows, rows.last)}, rows.last, c, width,
+                                 {forwarded.center + c, forwarded.scale + c, forwarded.shift + c}, first, second);
+    for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
+    for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);
   }
 }

@@ -18,6 +18,7 @@ void parallel_for(const Executor& executor, int64_t count, int64_t grain, const 
 struct All {};
 template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { return load<D>(p); }
 template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
+template <class D> BN_INLINE void add_in_double(double* sums, Vec<D> v, All) { add_in_double<D>(sums, v); }
 template <class D> BN_INLINE Vec<D> keep(Vec<D> v, All) { return v; }
 
 /// A whole register of which only the last lanes have not been seen before.
@@ -131,7 +132,6 @@ struct Partition {
   int64_t whole;          // planes in a block, where they are short
 };
 
-constexpr int kRowGroup = 8;  // rows walked side by side, so that what belongs to the columns is read less often
 /// Columns of a row that are read at once: a page of memory, so that what belongs to them stays in the nearest cache.
 constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
 template <class D>
@@ -144,7 +144,10 @@ template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
 constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
-constexpr int64_t kRowBlock = 16 * kRowGroup, kRowSlice = kRowBlock, kPlaneSlice = 32768;
+constexpr int64_t kRowBlock = 128, kRowSlice = kRowBlock, kPlaneSlice = 32768;
+/// Rounding grows with the length of a chain of sums: so many rows make a chain, and so many are summed before they are
+/// added up in double.
+constexpr int kRowChain = 8, kFewRows = 4 * kRowChain;
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
@@ -168,34 +171,6 @@ BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t wanted = ceil_div(256, e.groups * e.channels);
   return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, ceil_div(e.inner, kPlaneBlock),
           most(1, kPlaneBlock / e.inner)};
-}
-
-/// The order in which rows are walked: `lanes` at a time, each lane along a page of its own, as the processor's
-/// prefetcher wants it. Rotated, the lanes are at different places of their pages: what lies at the same place of many
-/// pages meets in one set of the nearest cache, and drives out what was fetched ahead.
-struct RowOrder {
-  int64_t lanes, run;  // rows in a page: 1, 2 or 4
-  bool rotated;
-
-  BN_INLINE RowOrder of(int64_t lanes, const Extent& e, int64_t element_bytes) {
-    const int64_t bytes = e.channels * element_bytes;
-    return {lanes, bytes <= 1024 ? 4 : bytes <= 2048 ? 2 : 1, is_near(e, element_bytes)};
-  }
-  int64_t block() const { return lanes * run; }
-  /// The i-th row of the walk over one block.
-  int64_t operator()(int64_t i) const {
-    const int64_t lane = i % lanes, step = i / lanes;
-    return lane * run + (rotated ? (step + lane) % run : step);
-  }
-};
-
-/// The rows of a block of a reduction in the order of their walk: calls f(i, row).
-template <class D, class F>
-BN_INLINE void order_rows(const Extent& e, int64_t count, const F& f) {
-  const RowOrder order = RowOrder::of(kRowGroup, e, sizeof(typename D::Element));
-  const int64_t block = order.block(), whole = count - count % block;
-  for (int64_t i = 0; i < whole; ++i) f(i, i - i % block + order(i % block));
-  for (int64_t i = whole; i < count; ++i) f(i, i);
 }
 
 /// Units (parts of planes, or rows) [first, last) of one slice of one group.
@@ -227,8 +202,7 @@ BN_INLINE void prefetch_next_channel(const typename D::Element* plane, int64_t c
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(plane + channel_stride + i);
 }
 
-/// Asks for what the next group of rows is going to read, into the second cache: rows side by side are more streams than
-/// the processor foresees, and the nearest cache is full of them already.
+/// Asks for what is going to be read next, into the second cache: the nearest is full already.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place, /*write=*/0, /*locality=*/2); }
 
 /// How many samples of one channel a slice holds.

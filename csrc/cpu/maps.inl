@@ -217,19 +217,17 @@ template <class D, bool kStreamed, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
   constexpr int kRows = 4, kNarrow = 4096 / sizeof(typename D::Compute);
-  const RowOrder order = RowOrder::of(kRows, e, sizeof(typename D::Element));
-  const int64_t width = columns.last - columns.first, block = order.block();
-  const bool side_by_side = e.channels > kNarrow && (order.run > 1 || !order.rotated);
+  const int64_t width = columns.last - columns.first;
+  const bool side_by_side = e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
+    const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
     const int64_t first = group_of(e, outer) * coefficients.columns + columns.first;
-    if (side_by_side && block <= least(outers.last - outer, rest_of_group(e, outer))) {
-      typename Map::At at[4 * kRows];
-      for (int64_t i = 0; i < block; ++i) at[i] = map.at(outer + order(i), columns.first);
-      for (int64_t i = 0; i < block; i += kRows)
-        map_row_group<D, kRows, kStreamed>(map, at + i, width, coefficients, first);
-      outer += block;
+    if (side_by_side && count >= kRows) {
+      typename Map::At at[kRows];
+      for (int i = 0; i < kRows; ++i) at[i] = map.at(outer + i, columns.first);
+      map_row_group<D, kRows, kStreamed>(map, at, width, coefficients, first);
+      outer += kRows;
     } else {
-      const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
       map_row_run<D, kStreamed>(map, map.at(outer, columns.first), count, width, coefficients, first);
       outer += count;
     }

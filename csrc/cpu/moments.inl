@@ -104,50 +104,87 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
     plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
 }
 
-/// Sums of deviations and of their squares over n rows, for `width` adjacent columns; `known` rows can be fetched ahead.
+/// Adds the sums of deviations and of their squares over n rows, for `width` adjacent columns: a few rows side by side,
+/// whose sums stay in registers, then the next few.
 template <class D>
-__attribute__((flatten)) void sum_few_deviations(const typename D::Element* const* row, int n, int known, int64_t width,
-                                                 const typename D::Compute* pivot, typename D::Compute* first,
-                                                 typename D::Compute* second) {
+__attribute__((flatten)) void sum_side_by_side(const typename D::Element* const* row, int n, int64_t width,
+                                               const typename D::Compute* pivot, double* __restrict first,
+                                               double* __restrict second) {
   using P = Parameter<D>;
-  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
   const auto add = [&](int begin, auto rows) {
     each_register<D>(width, [&](int64_t c, auto count) {
       const Vec<D> centre = load<P>(pivot + c, count);
-      Vec<D> s1[2] = {}, s2[2] = {};  // short chains: rounding grows with their length
+      Vec<D> s1[2] = {}, s2[2] = {};
 #pragma GCC unroll 8
       for (int r = 0; r < decltype(rows)::value; ++r) {
-        if (begin + kRowGroup + r < known) prefetch_ahead(row[begin + kRowGroup + r] + c);
+        if (begin + kRowChain + r < n) prefetch_ahead(row[begin + kRowChain + r] + c);
         const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
         s1[r % 2] += d;
         s2[r % 2] += d * d;
       }
-      store<P>(first + c, load<P>(first + c, count) + (s1[0] + s1[1]), count);
-      store<P>(second + c, load<P>(second + c, count) + (s2[0] + s2[1]), count);
+      store<P>(few_first + c, load<P>(few_first + c, count) + (s1[0] + s1[1]), count);
+      store<P>(few_second + c, load<P>(few_second + c, count) + (s2[0] + s2[1]), count);
     });
   };
-  int r = 0;
-  for (; r + kRowGroup <= n; r += kRowGroup) add(r, Number<kRowGroup>{});
-  for (; r < n; ++r) add(r, Number<1>{});
-}
-
-/// The same over many rows: what a few have summed to is added in double.
-template <class D>
-void sum_deviations(const typename D::Element* const* row, int n, int64_t width, const typename D::Compute* pivot,
-                    double* __restrict first, double* __restrict second) {
-  constexpr int kFew = 4 * kRowGroup;
-  typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
-  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  for (int r = 0; r < n; r += kFew) {
-    sum_few_deviations<D>(row + r, n - r < kFew ? n - r : kFew, n - r, width, pivot, few_first, few_second);
+  for (int begin = 0; begin < n; begin += kFewRows) {
+    const int end = begin + kFewRows < n ? begin + kFewRows : n;
+    for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
+    int r = begin;
+    for (; r + kRowChain <= end; r += kRowChain) add(r, Number<kRowChain>{});
+    for (; r < end; ++r) add(r, Number<1>{});
     for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
     for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
   }
 }
 
+/// The same, one row after another, as memory is quickest to read.
+template <class D>
+__attribute__((flatten)) void sum_in_turn(const typename D::Element* const* row, int n, int64_t width,
+                                          const typename D::Compute* pivot, double* __restrict first,
+                                          double* __restrict second) {
+  using P = Parameter<D>;
+  typename D::Compute chain_first[kSkewedBlock<D>], chain_second[kSkewedBlock<D>];
+  const auto add = [&](int r, auto begins, auto ends) {
+    const typename D::Element* const next = row[r + 1 < n ? r + 1 : r];
+    each_register<D>(width, [&](int64_t c, auto count) {
+      prefetch_ahead(next + c);
+      const Vec<D> d = load<D>(row[r] + c, count) - load<P>(pivot + c, count);
+      Vec<D> s1 = d, s2 = d * d;
+      if constexpr (!decltype(begins)::value)
+        s1 += load<P>(chain_first + c, count), s2 += load<P>(chain_second + c, count);
+      if constexpr (decltype(ends)::value) {
+        add_in_double<D>(first + c, s1, count);
+        add_in_double<D>(second + c, s2, count);
+      } else {
+        store<P>(chain_first + c, s1, count);
+        store<P>(chain_second + c, s2, count);
+      }
+    });
+  };
+  for (int r = 0; r < n; ++r) {
+    const bool begins = r % kRowChain == 0, ends = r % kRowChain == kRowChain - 1 || r == n - 1;
+    if (begins && ends) add(r, Number<1>{}, Number<1>{});
+    if (begins && !ends) add(r, Number<1>{}, Number<0>{});
+    if (!begins && !ends) add(r, Number<0>{}, Number<0>{});
+    if (!begins && ends) add(r, Number<0>{}, Number<1>{});
+  }
+}
+
+/// In turn what the columns have summed to is fetched and put back for each row: half types, of which there is less to
+/// read meanwhile, and rows of which only a part is read, are taken side by side.
+template <class D>
+void sum_deviations(const typename D::Element* const* row, int n, int64_t width, bool whole,
+                    const typename D::Compute* pivot, double* __restrict first, double* __restrict second) {
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  if constexpr (sizeof(typename D::Element) == sizeof(typename D::Compute))
+    if (whole) return sum_in_turn<D>(row, n, width, pivot, first, second);
+  sum_side_by_side<D>(row, n, width, pivot, first, second);
+}
+
 /// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
-void join_row_block(const typename D::Element* const* row, int n, int64_t width, double before,
+void join_row_block(const typename D::Element* const* row, int n, int64_t width, bool whole, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   Compute pivot[kSkewedBlock<D>] = {};
@@ -155,18 +192,18 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
-    sum_deviations<D>(row, few, width, pivot, first, second);
+    sum_deviations<D>(row, few, width, whole, pivot, first, second);
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
   for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
-  sum_deviations<D>(row, n, width, pivot, first, second);
+  sum_deviations<D>(row, n, width, whole, pivot, first, second);
   int far = 0, special = 0;
   for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
-    sum_deviations<D>(row, n, width, pivot, first, second);
+    sum_deviations<D>(row, n, width, whole, pivot, first, second);
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
   for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
@@ -191,7 +228,8 @@ void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, 
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
-    order_rows<D>(p.extent, n, [&](int64_t i, int64_t r) { row[i] = x + outers[begin + r] * p.x_strides.outer; });
-    join_row_block<D>(row, n, width, double(begin - rows.first), mean + columns.first, m2 + columns.first);
+    for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer;
+    join_row_block<D>(row, n, width, width == p.extent.channels, double(begin - rows.first), mean + columns.first,
+                      m2 + columns.first);
   }
 }

@@ -152,6 +152,21 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
     if (i < count) p[i] = lanes[i];
 }
 
+/// Adds the lanes, or the first `count` of them, to sums in double.
+template <class D>
+BN_INLINE void add_in_double(double* sums, Vec<D> v) {
+  typedef typename VectorOf<double, kLanes<D> * sizeof(double)>::type Doubles;
+  Doubles sum;
+  __builtin_memcpy(&sum, sums, sizeof sum);
+  sum += __builtin_convertvector(v, Doubles);
+  __builtin_memcpy(sums, &sum, sizeof sum);
+}
+template <class D>
+BN_INLINE void add_in_double(double* sums, Vec<D> v, int count) {
+  for (int i = 0; i < kLanes<D>; ++i)
+    if (i < count) sums[i] += v[i];
+}
+
 /// How many registers of the compute type fill one when they are stored, and that one.
 template <class D>
 constexpr int kNarrowing = sizeof(typename D::Compute) / sizeof(typename D::Element);
