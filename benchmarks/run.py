@@ -52,7 +52,8 @@ def _measure_case(
     sets = {name: [tensors.clone() for _ in range(depth)] for name in names}
     for index, direction in enumerate(DIRECTIONS):
         contenders = [layer.contender(name, direction, sets[name]) for name, layer in layers.items()]
-        contenders += [copy_contender(sets[COPY])] * copy
+        if copy:
+            contenders.append(copy_contender(sets[COPY]))
         seconds = (end - monotonic()) / (len(DIRECTIONS) - index)
         with torch.set_grad_enabled(direction != "inference"):
             times = measure(contenders, seconds, effort.least_rounds)

@@ -299,6 +299,11 @@ class TestVerification:
         assert all(row.error.startswith(f"broken on {ODD.name}: {result} must") for row in failed)
         assert all(row.median_ms > 0 and not row.error for row in rows if row.provider != "broken")
 
+    def test_without_a_copy_rows_have_no_share_of_its_bandwidth(self):
+        rows = [row for new in measure_cases([ODD], find([TORCH]), False, self.effort, SETTING) for row in new]
+        assert [row.direction for row in rows] == list(DIRECTIONS)
+        assert all(row.median_ms > 0 and row.of_copy is None for row in rows)
+
     def test_an_exception_is_an_error_row(self):
         def fail(case: Case) -> nn.Module:
             raise RuntimeError("cannot be built")
