@@ -235,6 +235,28 @@ def test_bitwise_equal_from_run_to_run_and_for_any_number_of_threads(layout):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_groups_are_bitwise_equal_for_any_number_of_threads(layout):
+    threads = torch.get_num_threads()
+    for shape, size in (((4, 3, 301, 67), 2), ((21, 70, 7, 7), 4), ((8, 4, 200, 200), 2), ((40, 1100), 7)):
+        x, dy = LAYOUTS[layout](sample(shape, torch.float32)), torch.randn(shape)
+        results = []
+        for count in (1, 2, 5):
+            layer = (torch_bn.BatchNorm2d if len(shape) == 4 else torch_bn.BatchNorm1d)(
+                shape[1], virtual_batch_size=size, fused=True
+            )
+            inputs = x.clone().requires_grad_()
+            torch.set_num_threads(count)
+            try:
+                y = layer(inputs)
+                gradients = torch.autograd.grad(y, (inputs, *layer.parameters()), dy)
+            finally:
+                torch.set_num_threads(threads)
+            results.append((y, *gradients, layer.running_mean, layer.running_var))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_nan_and_infinity_stay_in_their_channel_as_in_torch():
     x = sample((4, 6, 5, 5), torch.float32)
     x[2, 1, 3, 3], x[1, 3, 0, 0], x[0, 4, 1, 1], x[1, 4, 1, 1] = torch.nan, torch.inf, torch.inf, -torch.inf

@@ -15,10 +15,11 @@ void by_blocks(Range channels, const F& f) {
 template <class T, class Join>
 void join_parts(const Workspace<T>& work, int64_t group, Range channels, const Join& join) {
   const Folding& f = work.folding;
+  if (work.cut.slices * f.fold == 1) return;
   const int64_t begin = work.first_column(group, channels.first), width = channels.last - channels.first;
   double samples = 0;
   for (int64_t slice = 0; slice < work.cut.slices; ++slice) {
-    const double count = slice_count(work.extent, work.cut, group, slice);
+    const double count = slice_count(work.extent, work.cut, work.grouping.count(group), slice);
     if (slice > 0 && count > 0)
       for (int64_t i = 0; i < f.fold; ++i) {
         const int64_t into = begin + i * f.channels;
@@ -96,7 +97,7 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, const Runn
       for (int64_t c = 0; c < n; ++c)
         torch_bn::join(mean[into + c], m2[into + c], before, mean[from + c], m2[from + c], weight);
     });
-  const GroupSizes outers(p.extent);
+  const Grouping grouping(p.extent);
   const int64_t groups = p.extent.groups;
   const bool unbiased = p.unbiased && !p.running.renorm.mean;
   by_blocks(channels, [&](Range block) {
@@ -104,7 +105,7 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, const Runn
     double batch_mean[kChannels] = {}, batch_variance[kChannels] = {}, gamma[kChannels], beta[kChannels];
     const auto kept = [&](double* rows, int64_t group) { return rows + group * p.extent.channels + block.first; };
     for (int64_t group = 0; group < groups; ++group) {
-      const double samples = double(outers[group] * p.extent.inner), factor = unbiased ? bessel(samples) : 1;
+      const double samples = double(grouping.count(group) * p.extent.inner), factor = unbiased ? bessel(samples) : 1;
       double variance[kChannels];
       const double* group_mean = kept(p.mean, group);
       finish_group(p, work, group, samples, block, kept(p.mean, group), kept(p.invstd, group), variance);
@@ -190,7 +191,7 @@ void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range c
         dz_deviation[into + c] += dz_deviation[from + c];
       }
     });
-  const GroupSizes outers(p.extent);
+  const Grouping grouping(p.extent);
   by_blocks(channels, [&](Range block) {
     const int64_t n = block.last - block.first;
     double gamma[kChannels], r[kChannels], d[kChannels], dgamma[kChannels] = {}, dbeta[kChannels] = {};
@@ -198,7 +199,7 @@ void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range c
     read_parameter<double>(p.correction, block, 1, r);
     read_parameter<double>(p.correction ? p.correction + p.extent.channels : nullptr, block, 0, d);
     for (int64_t group = 0; group < p.extent.groups; ++group)
-      finish_group(p, work, group, double(outers[group] * p.extent.inner), block, gamma, r, d, dgamma, dbeta);
+      finish_group(p, work, group, double(grouping.count(group) * p.extent.inner), block, gamma, r, d, dgamma, dbeta);
     const auto store = [=](void* values, const double* from) {
       if (T* into = static_cast<T*>(values))
         for (int64_t i = 0; i < n; ++i) into[block.first + i] = T(from[i]);

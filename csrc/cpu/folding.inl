@@ -61,11 +61,12 @@ struct Workspace {
   int64_t mapped_fold;     // of the last map
   Partition cut;
   Extent extent;           // folded
+  Grouping grouping;       // of that
   double *first, *second;  // [slices, groups, columns], the partial results
   Coefficients<T> coefficients;
 
   Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
-      : folding(f), mapped_fold(narrowed(f).fold), cut(partition_of(e, block)), extent(e) {
+      : folding(f), mapped_fold(narrowed(f).fold), cut(partition_of(e, block)), extent(e), grouping(e) {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;

@@ -38,7 +38,7 @@ struct Forwarded {
 /// Adds the sums over the units [first, last) of at most kPlanes channels.
 template <class D, bool kPlain>
 __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
-                                                    const GroupOuters& outers, Range units, Range channels,
+                                                    const GroupOuters& outers, Range units, Range channels, Range all,
                                                     const Forwarded<D>& forwarded, double* __restrict sum_dz,
                                                     double* __restrict sum_dz_deviation) {
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
@@ -49,8 +49,8 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
       for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
         const Segment s = segment_of(p.extent, cut, outers, u);
         const UpstreamGradient<D, kPlain> from(p, s.outer, c, s.begin);
-        prefetch_next_channel<D>(from.x, p.x_strides.channel, s.count);
-        prefetch_next_channel<D>(from.dy, p.dy_strides.channel, s.count);
+        prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
+        prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
         sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
           const Vec<D> deviation = load<D>(from.x + i, count) - center;
           const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
@@ -67,8 +67,8 @@ template <class D, bool kPlain>
 void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
                      Range channels, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_gradients<D, kPlain>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, forwarded, sum_dz,
-                                     sum_dz_deviation);
+    plane_group_gradients<D, kPlain>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
+                                     sum_dz, sum_dz_deviation);
 }
 
 /// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on. One row after

@@ -65,23 +65,38 @@ struct Sums {
       f(i + 2 * L, All{}, first[2], second[2]);
       f(i + 3 * L, All{}, first[3], second[3]);
     }
-    for (; i + L <= n; i += L) f(i, All{}, first[0], second[0]);
+    const int64_t whole = (n - i) / L;
+    if (whole > 0) f(i, All{}, first[0], second[0]);
+    if (whole > 1) f(i + L, All{}, first[1], second[1]);
+    if (whole > 2) f(i + 2 * L, All{}, first[2], second[2]);
+    i += whole * L;
     if (i == n) return;
-    n < L ? f(i, int(n - i), first[1], second[1]) : f(n - L, Last{int(n - i)}, first[1], second[1]);
+    n < L ? f(i, int(n - i), first[3], second[3]) : f(n - L, Last{int(n - i)}, first[3], second[3]);
   }
   double total_first() const { return sum_of_lanes<D>((first[0] + first[1]) + (first[2] + first[3])); }
   double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
 };
 
-/// How many outers each group has, and which.
-class GroupSizes {
+/// The outer indices of one group, numbered from 0.
+struct GroupOuters {
+  int64_t count, group, groups, per_example;
+
+  int64_t operator[](int64_t j) const {
+    if (groups == 1) return j;
+    return per_example == 1 ? j * groups + group : (j / per_example * groups + group) * per_example + j % per_example;
+  }
+};
+
+/// Which outers belong to each group. Divides, so it is made once.
+class Grouping {
  public:
-  explicit GroupSizes(const Extent& e) : per_example_(e.outer_per_example), groups_(e.groups) {
+  explicit Grouping(const Extent& e) : per_example_(e.outer_per_example), groups_(e.groups) {
     const int64_t examples = e.outer / per_example_;
     least_ = examples / groups_;
     larger_ = examples % groups_;
   }
-  int64_t operator[](int64_t group) const { return (least_ + (group < larger_)) * per_example_; }
+  int64_t count(int64_t group) const { return (least_ + (group < larger_)) * per_example_; }
+  GroupOuters outers(int64_t group) const { return {count(group), group, groups_, per_example_}; }
 
   /// The first outer of the i-th example, where the groups come one after another.
   int64_t first_outer(int64_t i) const {
@@ -93,19 +108,6 @@ class GroupSizes {
 
  private:
   int64_t per_example_, groups_, least_, larger_;  // the first `larger_` groups have one example more
-};
-
-/// The outer indices of one group, numbered from 0.
-struct GroupOuters {
-  int64_t count, group, groups, per_example;
-
-  BN_INLINE GroupOuters of(const Extent& e, int64_t group) {
-    return {GroupSizes(e)[group], group, e.groups, e.outer_per_example};
-  }
-  int64_t operator[](int64_t j) const {
-    if (groups == 1) return j;
-    return per_example == 1 ? j * groups + group : (j / per_example * groups + group) * per_example + j % per_example;
-  }
 };
 
 BN_INLINE int64_t group_of(const Extent& e, int64_t outer) {
@@ -179,6 +181,7 @@ struct Range {
 };
 
 BN_INLINE Range slice_of(int64_t units, int64_t slice, int64_t slices) {
+  if (slices == 1) return {0, units};
   return {units * slice / slices, units * (slice + 1) / slices};
 }
 
@@ -193,21 +196,34 @@ BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupO
   return {outers[unit / cut.parts], begin, least(cut.block, e.inner - begin)};
 }
 
-/// Asks for the next channel's plane while this one's is read: short planes lie too far apart for the processor to
-/// foresee the next.
-template <class D>
-BN_INLINE void prefetch_next_channel(const typename D::Element* plane, int64_t channel_stride, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kShort = 16 * kLine;
-  if (count > kShort) return;
-  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(plane + channel_stride + i);
-}
+constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
 /// Asks for what is going to be read next, into the second cache: the nearest is full already.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place, /*write=*/0, /*locality=*/2); }
 
-/// How many samples of one channel a slice holds.
-BN_INLINE double slice_count(const Extent& e, const Partition& cut, int64_t group, int64_t slice) {
-  const Range units = slice_of(GroupOuters::of(e, group).count * cut.parts, slice, cut.slices);
+/// Asks for a plane: short ones lie too far apart for the processor to foresee the next.
+template <class D, int kLocality = 3>
+BN_INLINE void prefetch_plane(const typename D::Element* plane, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kShort = 16 * kLine;
+  if (count > kShort) return;
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(plane + i, /*write=*/0, kLocality);
+}
+
+/// While a reduction reads a plane of some of the channels, asks for that of the next channel. Of the shortest planes a
+/// group has too few to wait for the first of a channel: there for that of the next channels side by side or, after the
+/// last, for that of the next group.
+template <class D>
+BN_INLINE void prefetch_after(const typename D::Element* plane, const Extent& e, const Strides& s, Range some,
+                              Range channels) {
+  constexpr int64_t kShortest = 256 / sizeof(typename D::Element);
+  if (e.groups == 1 || e.inner > kShortest) return prefetch_plane<D>(plane + s.channel, e.inner);
+  const int64_t next_group = e.outer_per_example * s.outer - (some.first - channels.first) * s.channel;
+  prefetch_plane<D, 2>(plane + (some.last < channels.last ? kPlanes * s.channel : next_group), e.inner);
+}
+
+/// How many samples of one channel a slice of so many outers holds.
+BN_INLINE double slice_count(const Extent& e, const Partition& cut, int64_t outers, int64_t slice) {
+  const Range units = slice_of(outers * cut.parts, slice, cut.slices);
   const auto before = [&](int64_t unit) {  // whole planes, and the whole blocks of the last one
     return unit / cut.parts * e.inner + unit % cut.parts * cut.block;
   };

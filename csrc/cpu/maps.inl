@@ -183,7 +183,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
-      if constexpr (!kStreamed) prefetch_next_channel<D>(at[0].out, map.channel_stride(), inner);
+      if constexpr (!kStreamed) prefetch_plane<D>(at[0].out + map.channel_stride(), inner);
       map_run<D, 1, kStreamed>(map, at, inner, [&](int64_t, auto) -> const auto& { return k; });
     }
   }

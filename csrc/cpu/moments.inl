@@ -1,8 +1,8 @@
 // The reduction of the forward pass: moments of x, per slice, group and channel.
 // Sums within a block are taken around a pivot near the mean, in the compute type; blocks are merged in double.
-// The pivot is the mean so far, at first that of a few elements; a block that turns out to lie elsewhere is summed
-// again around its own mean, so one read of memory is enough whatever the data. A block whose sums are not finite is
-// taken in double.
+// The pivot is the mean so far, at first that of another group or of a few elements; a block that turns out to lie
+// elsewhere is summed again around its own mean, so one read of memory is enough whatever the data. A block whose sums
+// are not finite is taken in double.
 
 /// Two passes in double over n values: for blocks that overflow the compute type or hold NaN or infinity.
 template <class At>
@@ -22,12 +22,12 @@ BN_INLINE T finite_or_zero(T value) {
   return value - value == 0 ? value : T(0);
 }
 
-constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
-
-/// Joins the units [first, last) of at most kPlanes channels to mean and m2, which are 0.
+/// Joins the units [first, last) of at most kPlanes of all channels of a block to mean and m2, which are 0. `likely`: the
+/// means to expect, or null.
 template <class D>
 __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
-                                                  Range units, Range channels, double* __restrict mean,
+                                                  Range units, Range channels, Range all,
+                                                  const double* likely, double* __restrict mean,
                                                   double* __restrict m2) {
   using Compute = typename D::Compute;
   const int width = int(channels.last - channels.first);
@@ -40,11 +40,11 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
   double s1[kPlanes], s2[kPlanes], block_mean[kPlanes], block_m2[kPlanes];
   const Segment opening = segment(units.first);
   const int few = int(least(kLanes<D>, opening.count));
-  for (int c = 0; c < width; ++c) {
+  const auto mean_of_few = [&](int c) {
     const auto* from = begin_of(opening, c);
-    const Vec<D> first = few == kLanes<D> ? load<D>(from) : load<D>(from, few);
-    pivot[c] = finite_or_zero(Compute(sum_of_lanes<D>(first) / few));
-  }
+    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
+  };
+  for (int c = 0; c < width; ++c) pivot[c] = finite_or_zero(Compute(likely ? likely[c] : mean_of_few(c)));
   double before = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
     const int64_t end = least(unit + cut.whole, units.last);
@@ -57,7 +57,7 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
       for (int64_t u = unit; u < end; ++u) {
         const Segment s = segment(u);
         const auto* from = begin_of(s, c);
-        prefetch_next_channel<D>(from, p.x_strides.channel, s.count);
+        prefetch_after<D>(from, p.extent, p.x_strides, channels, all);
         sums.add(s.count, [&](int64_t i, auto lanes, Vec<D>& first, Vec<D>& second) {
           const Vec<D> d = keep<D>(load<D>(from + i, lanes) - center, lanes);
           first += d;
@@ -94,14 +94,15 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
   }
 }
 
-/// Moments of the units [first, last) of the channels, into mean and m2.
+/// Moments of the units [first, last) of the channels, into mean and m2; `likely` as above.
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
-                   double* mean, double* m2) {
+                   const double* likely, double* mean, double* m2) {
   for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = m2[c] = 0;
   if (units.first == units.last) return;
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, mean + c, m2 + c);
+    plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels,
+                           likely ? likely + c : nullptr, mean + c, m2 + c);
 }
 
 /// Adds the sums of deviations and of their squares over n rows, for `width` adjacent columns: a few rows side by side,

@@ -7,9 +7,10 @@ struct Part {
   Range units;
   int64_t at;
 
-  Part(const Extent& e, const Partition& cut, int64_t group, int64_t slice)
-      : outers(GroupOuters::of(e, group)), units(slice_of(outers.count * cut.parts, slice, cut.slices)),
-        at((slice * e.groups + group) * e.channels) {}
+  template <class T>
+  Part(const Workspace<T>& work, int64_t group, int64_t slice)
+      : outers(work.grouping.outers(group)), units(slice_of(outers.count * work.cut.parts, slice, work.cut.slices)),
+        at((slice * work.extent.groups + group) * work.extent.channels) {}
 };
 
 template <class D, class P>
@@ -43,6 +44,7 @@ void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute
 template <class D>
 struct Forward {
   typedef D Type;
+  static constexpr int64_t kInputs = 1;
   const ForwardParams& given;
   const Folding folding;
   const ForwardParams p, mapped;  // folded
@@ -59,10 +61,11 @@ struct Forward {
   }
   void prepare(Range) const {}
   void reduce(int64_t group, int64_t slice, Range columns) const {
-    const Part part(p.extent, work.cut, group, slice);
+    const Part part(work, group, slice);
     double *mean = work.first + part.at, *m2 = work.second + part.at;
     if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
-    plane_moments<D>(p, work.cut, part.outers, part.units, columns, mean, m2);
+    const double* likely = group > 0 ? mean - p.extent.channels : nullptr;  // of the group before
+    plane_moments<D>(p, work.cut, part.outers, part.units, columns, likely, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns) const { normalize<D>(mapped, streamed, work.coefficients, outers, columns); }
@@ -71,6 +74,7 @@ struct Forward {
 template <class D>
 struct Backward {
   typedef D Type;
+  static constexpr int64_t kInputs = 2;
   const BackwardParams& given;
   const Folding folding;
   const BackwardParams p, mapped;  // folded
@@ -108,7 +112,7 @@ struct Backward {
   }
   template <bool kPlain>
   void reduce(int64_t group, int64_t slice, Range columns) const {
-    const Part part(p.extent, work.cut, group, slice);
+    const Part part(work, group, slice);
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
     const Forwarded<D> forwarded{row(0), row(4), row(5)};
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
@@ -129,6 +133,7 @@ struct Backward {
 template <class D>
 struct Inference {
   typedef D Type;
+  static constexpr int64_t kInputs = 1;
   const Folding folding;
   const InferenceParams p, mapped;  // folded
   Workspace<typename D::Compute> work;

@@ -8,18 +8,19 @@ struct Steps {
   Extent extent, map_extent;  // folded
   Folding folding;
   Partition cut;
-  int64_t element_bytes, column_block;
+  int64_t inputs, element_bytes, column_block;
   bool streamed;
   void (*prepare)(const void* self, Range channels);
-  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);
+  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);  // planes: one group after another
   void (*finish)(const void* self, Range channels);
   void (*map)(const void* self, Range outers, Range columns);
 };
 
 template <class Pass>
 Steps steps_of(const Pass& pass) {
-  return {&pass, pass.p.extent, pass.mapped.extent, pass.folding, pass.work.cut, sizeof(typename Pass::Type::Element),
-          kColumnBlock<typename Pass::Type>, pass.streamed,
+  using D = typename Pass::Type;
+  return {&pass, pass.p.extent, pass.mapped.extent, pass.folding, pass.work.cut, Pass::kInputs,
+          sizeof(typename D::Element), kColumnBlock<D>, pass.streamed,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);
@@ -39,12 +40,12 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   const int64_t run = e.groups == 1 ? e.outer : e.outer_per_example;  // outers of one group, one after another
   const int64_t height = rows ? least(run, most(kRows, kTile / width)) : 1, down = ceil_div(run, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
-  const GroupSizes sizes(e);
+  const Grouping grouping(e);
   parallel_for(executor, e.outer / run * down * across, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t tile = from_end ? first + last - 1 - i : i, column = tile % across * width;
       const int64_t piece = tile / across, from = piece % down * height;
-      const int64_t outer = e.groups == 1 ? 0 : sizes.first_outer(piece / down);
+      const int64_t outer = e.groups == 1 ? 0 : grouping.first_outer(piece / down);
       steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)});
     }
     end_streaming();
@@ -75,30 +76,38 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
 /// Each step over everything, one after another.
 void run_steps(const Steps& steps, const Executor& executor) {
   const Extent& e = steps.extent;
-  const int64_t slices = steps.cut.slices, parts = e.groups * slices;
-  const int64_t block = e.inner > 1 ? 1 : steps.column_block, blocks = ceil_div(e.channels, block);
-  const int64_t elements = e.outer * e.inner * least(block, e.channels) / parts;
+  const bool rows = e.inner == 1;
+  const int64_t slices = steps.cut.slices, apart = rows ? e.groups : 1, together = e.groups / apart;
+  const int64_t block = rows ? steps.column_block : 1, blocks = ceil_div(e.channels, block);
+  const int64_t elements = e.outer * e.inner * least(block, e.channels) / (apart * slices);
   const auto over_channels = [&](auto step) {
-    parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, parts),
+    parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, e.groups * slices),
                  [&](int64_t first, int64_t last) { step(steps.self, {first, last}); });
   };
   over_channels(steps.prepare);
-  parallel_for(executor, parts * blocks, ceil_div(kSerialElements, elements + 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t part = i / blocks, begin = i % blocks * block;
-      steps.reduce(steps.self, part / slices, part % slices, {begin, least(e.channels, begin + block)});
-    }
-  });
+  parallel_for(executor, apart * slices * blocks, ceil_div(kSerialElements, elements + 1),
+               [&](int64_t first, int64_t last) {
+                 for (int64_t i = first; i < last; ++i) {
+                   const int64_t part = i / blocks, begin = i % blocks * block, group = part / slices * together;
+                   const Range columns{begin, least(e.channels, begin + block)};
+                   for (int64_t g = group; g < group + together; ++g)
+                     steps.reduce(steps.self, g, part % slices, columns);
+                 }
+               });
   over_channels(steps.finish);
   run_map(steps, executor, true);
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
-/// until they are mapped.
-int64_t channels_at_once(const Extent& e, int64_t element_bytes, int threads) {
-  constexpr int64_t kMost = 8, kCacheBytes = 1 << 19;
-  const int64_t fitting = kCacheBytes / (e.outer * e.inner * element_bytes), shared = e.channels / (2 * threads);
-  return most(1, least(kMost, least(fitting, shared)));
+/// until they are mapped. With two inputs few: the map of one block makes the processor fetch the next. Groups need many,
+/// as each block has some work for each of them. A power of two, which threads share evenly.
+int64_t channels_at_once(const Steps& steps, int threads) {
+  constexpr int64_t kCacheBytes = 1 << 19, kMany = 64;
+  const Extent& e = steps.extent;
+  const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
+  const bool many = steps.inputs == 1 || e.groups > 1;
+  const int64_t fitting = many ? least(kMany, kCacheBytes / (bytes * steps.inputs)) : least(kPlanes, kCacheBytes / bytes);
+  return power_of_two(least(fitting, shared));
 }
 
 /// Chooses between the two: blocks of channels where their planes are long runs of memory and there are enough of them
@@ -109,7 +118,7 @@ void run(const Steps& steps, const Executor& executor) {
   if (per_channel * e.channels <= kSerialElements && e.channels <= steps.column_block)
     return run_blocks(steps, executor, e.channels / columns, 1);
   if (e.inner > 1 && e.channels >= 2 * executor.threads) {
-    const int64_t block = channels_at_once(e, steps.element_bytes, executor.threads);
+    const int64_t block = channels_at_once(steps, executor.threads);
     return run_blocks(steps, executor, block, ceil_div(kSerialElements, per_channel * block));
   }
   run_steps(steps, executor);
