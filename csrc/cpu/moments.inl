@@ -22,13 +22,12 @@ BN_INLINE T finite_or_zero(T value) {
   return value - value == 0 ? value : T(0);
 }
 
-/// Joins the units [first, last) of at most kPlanes of all channels of a block to mean and m2, which are 0. `likely`: the
-/// means to expect, or null.
+/// Joins the units [first, last) of at most kPlanes of `all` channels to the mean and m2 of `before` earlier samples, 0
+/// for none. `likely`: the means to expect at first, or null. Returns the number of samples then.
 template <class D>
-__attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
-                                                  Range units, Range channels, Range all,
-                                                  const double* likely, double* __restrict mean,
-                                                  double* __restrict m2) {
+__attribute__((flatten)) double join_planes(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
+                                            Range units, Range channels, Range all, double before, const double* likely,
+                                            double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   const int width = int(channels.last - channels.first);
   const auto segment = [&](int64_t unit) { return segment_of(p.extent, cut, outers, unit); };
@@ -44,8 +43,8 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
     const auto* from = begin_of(opening, c);
     return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
   };
+  if (before > 0) likely = mean;
   for (int c = 0; c < width; ++c) pivot[c] = finite_or_zero(Compute(likely ? likely[c] : mean_of_few(c)));
-  double before = 0;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
     const int64_t end = least(unit + cut.whole, units.last);
     int64_t samples = 0;
@@ -92,17 +91,22 @@ __attribute__((flatten)) void plane_group_moments(const ForwardParams& p, const 
     }
     before += count;
   }
+  return before;
 }
 
-/// Moments of the units [first, last) of the channels, into mean and m2; `likely` as above.
+/// Moments of the units [first, last) of the channels, into mean and m2; `likely` as above. Of more channels than are taken
+/// side by side a few units each, before the next units: they are one run of memory.
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
                    const double* likely, double* mean, double* m2) {
   for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = m2[c] = 0;
-  if (units.first == units.last) return;
-  for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_moments<D>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels,
-                           likely ? likely + c : nullptr, mean + c, m2 + c);
+  const int64_t step = channels.last - channels.first > kPlanes ? cut.whole : units.last - units.first;
+  double before = 0, joined = 0;
+  for (int64_t unit = units.first; unit < units.last; unit += step, before = joined)
+    for (int64_t c = channels.first; c < channels.last; c += kPlanes)
+      joined = join_planes<D>(p, cut, outers, {unit, least(unit + step, units.last)},
+                              {c, least(c + kPlanes, channels.last)}, channels, before, likely ? likely + c : nullptr,
+                              mean + c, m2 + c);
 }
 
 /// Adds the sums of deviations and of their squares over n rows, for `width` adjacent columns: a few rows side by side,
