@@ -46,7 +46,12 @@ def rotation(tensor_bytes: int, cache_bytes: int) -> int:
 
 
 def measure(contenders: Sequence[Contender], seconds: float, least_rounds: int) -> dict[str, Quantiles]:
-    """Times every contender for `seconds` in all, at least `least_rounds` rounds, and returns quantiles by name.
+    """Times every contender for `seconds` in all, at least `least_rounds` rounds, and returns quantiles by name."""
+    return {name: quantiles(times) for name, times in sample(contenders, seconds, least_rounds).items()}
+
+
+def sample(contenders: Sequence[Contender], seconds: float, least_rounds: int) -> dict[str, list[float]]:
+    """As `measure`, but returns the samples: nanoseconds for each call.
 
     The garbage collector rests meanwhile. A sample consists of as many calls for every contender alike as the fastest
     needs to fill SHORTEST_SAMPLE.
@@ -75,7 +80,7 @@ def measure(contenders: Sequence[Contender], seconds: float, least_rounds: int) 
     finally:
         if collecting:
             gc.enable()
-    return {name: quantiles(values) for name, values in samples.items()}
+    return samples
 
 
 def quantiles(nanoseconds: Sequence[float]) -> Quantiles:
