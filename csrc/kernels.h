@@ -63,7 +63,7 @@ struct ForwardParams {
   Running running;
   bool unbiased;                           // the variance that enters the running one, without renorm
   double* statistics = nullptr;            // [2, channels] or null: what would enter `running`, which then stays, out
-  void* workspace;                         // Kernels::workspace bytes, aligned to 64
+  void* workspace;                         // as many bytes as the backend's workspace() says, aligned to 64
 };
 
 /// Enters into `running` what ForwardParams::statistics has kept of a batch.
@@ -91,7 +91,7 @@ struct InferenceParams {
   double eps;
   const void* running_mean;                // [channels]
   const void* running_var;                 // [channels]
-  void* workspace;                         // Kernels::workspace bytes, aligned to 64
+  void* workspace;                         // as many bytes as the backend's workspace() says, aligned to 64
 };
 
 /// Gradients of both; `training` says whether mean and invstd depend on x.
@@ -117,19 +117,18 @@ struct BackwardParams {
   Strides dresidual_strides = {};
   void* dweight;                           // [channels] or null, out
   void* dbias;                             // [channels] or null, out
-  void* workspace;                         // Kernels::workspace bytes, aligned to 64
+  void* workspace;                         // as many bytes as the backend's workspace() says, aligned to 64
 };
 
-/// Where a kernel runs: the host's threads, or one stream of the device.
+/// The host's threads.
 struct Executor {
   /// Calls body(context, first, last) on disjoint ranges that cover [0, count), each of `grain` or more.
   void (*parallel_for)(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
   int threads;          // how many ranges can run at once; chooses the schedule, never the result
   int64_t cache_bytes;  // of the last-level cache; an output too large for it is written past it
-  void* stream;
 };
 
-/// One backend: every kernel compiled for one instruction set, or for CUDA. Extents have no zero.
+/// Every kernel compiled for one instruction set. Extents have no zero. The launchers of CUDA are in cuda/launch.h.
 struct Kernels {
   const char* name;
   int64_t (*workspace)(DType, const Extent&);

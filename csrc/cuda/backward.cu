@@ -1,0 +1,176 @@
+// Backward in two launches: the two sums over dz, which the last block of a tile turns into coefficients and the
+// gradients of weight and bias; then the map to dx.
+#include "../math/channel.h"
+#include "normalize.cuh"
+#include "reduce.cuh"
+
+namespace torch_bn::cuda {
+namespace {
+
+constexpr int kChain = 64;  // units of a thread that are summed in its compute type
+
+/// The forward's map, of the channels of one tile.
+template <class K>
+__device__ void prepare(const Plan& plan, const BackwardParams& p, const Part& part,
+                        Affine<typename K::Compute> (&affines)[kMaxWidth]) {
+  using T = typename K::Compute;
+  const int64_t channel = own_channel(plan, part.tile);
+  if (int(threadIdx.x) < plan.width && channel < plan.channels) {
+    const Weights weights = corrected_weights<T>(p, channel, kept_correction(p, channel));
+    const int64_t at = part.group * plan.channels + channel;
+    affines[threadIdx.x] = normalizing_affine<T>(p.mean[at], p.invstd[at], weights.gamma, weights.beta);
+  }
+  __syncthreads();
+}
+
+/// What a thread reads at one place, and dz of it.
+template <class K, bool kPlain>
+struct Upstream {
+  static constexpr int kUnroll = kPlain ? K::kUnroll : K::kUnroll / 2;
+  using T = typename K::Compute;
+  typename K::Vector x, dy, residual;
+
+  __device__ void load(const BackwardParams& p, const Walk<K>& walk) {
+    x = walk.load(p.x, p.x_strides);
+    dy = walk.load(p.dy, p.dy_strides);
+    if constexpr (!kPlain)
+      if (p.residual) residual = walk.load(p.residual, p.residual_strides);
+  }
+  /// Calls f(e, channel, deviation, dz) for each element. forwarded: the forward's map of the thread's channels.
+  template <class F>
+  __device__ void for_each(const BackwardParams& p, const Affine<T>* forwarded, const F& f) const {
+    const auto from = x.elements(), gradient = dy.elements();
+#pragma unroll
+    for (int e = 0; e < K::kVector; ++e) {
+      const int c = K::kPlanes ? 0 : e;
+      const T deviation = from[e] - forwarded[c].center;
+      if constexpr (kPlain) {
+        f(e, c, deviation, gradient[e]);
+      } else {
+        T z = normalized<typename K::D>(deviation, forwarded[c]);
+        if (p.residual) z += residual.elements()[e];
+        f(e, c, deviation, relu_gradient(z, gradient[e]));
+      }
+    }
+  }
+  __device__ void store(const BackwardParams& p, const Walk<K>& walk, const Affine<T>* forwarded,
+                        const GradientAffine<T> (&gradients)[K::kChannels]) const {
+    typename K::Vector::Elements dx, dresidual;
+    for_each(p, forwarded, [&](int e, int c, T deviation, T dz) {
+      dx.set(e, fma(dz, gradients[c].slope, fma(deviation, gradients[c].bend, gradients[c].shift)));
+      dresidual.set(e, dz);
+    });
+    if (p.dx) walk.store(p.dx, p.dx_strides, dx.packed());
+    if (p.dresidual) walk.store(p.dresidual, p.dresidual_strides, dresidual.packed());
+  }
+};
+
+/// Of the channels of one thread.
+template <class K>
+struct ThreadSums {
+  Sums sums[K::kChannels] = {};
+  __device__ void join_flipped(int flip) {
+    for (Sums& s : sums) s = joined(s, flipped(s, flip));
+  }
+  __device__ Sums of(int c) const { return sums[c]; }
+};
+
+template <class K, bool kPlain>
+__device__ ThreadSums<K> thread_sums(const BackwardParams& p, Walk<K> walk,
+                                     const Affine<typename K::Compute>* forwarded) {
+  using T = typename K::Compute;
+  ThreadSums<K> found;
+  while (walk.inside()) {
+    T dz_sum[K::kChannels] = {}, deviation_sum[K::kChannels] = {};
+    read_batches(walk, kChain, Upstream<K, kPlain>{}, p, [&](const Upstream<K, kPlain>& at) {
+      at.for_each(p, forwarded, [&](int, int c, T deviation, T dz) {
+        dz_sum[c] += dz;
+        deviation_sum[c] = fma(dz, deviation, deviation_sum[c]);
+      });
+    });
+    for (int c = 0; c < K::kChannels; ++c)
+      found.sums[c] = joined(found.sums[c], {double(dz_sum[c]), double(deviation_sum[c])});
+  }
+  return found;
+}
+
+/// By the last block of a tile.
+template <class K>
+__device__ void finish(const Plan& plan, const BackwardParams& p, const Scratch& scratch, int tile) {
+  using T = typename K::Compute;
+  for_each_total<K, Sums>(plan, tile, scratch.partials, [&](int64_t group, int64_t channel, const Sums& s) {
+    const int64_t at = group * plan.channels + channel;
+    const double count = double(plan.units(group) * K::kSamples);
+    const GroupGradient<T> gradient =
+        finish_backward<T>(p.training, p.mean[at], p.invstd[at], parameter<T>(p.weight, channel, 1),
+                           kept_correction(p, channel), {count, s.dz, s.dz_deviation});
+    static_cast<GradientAffine<T>*>(scratch.coefficients)[at] = gradient.affine;
+    scratch.totals[at] = {gradient.dgamma, gradient.dbeta};
+  });
+  __syncthreads();
+  const int64_t channel = own_channel(plan, tile);
+  if (int(threadIdx.x) >= plan.width || channel >= plan.channels) return;
+  double dgamma = 0, dbeta = 0;
+  for (int64_t group = 0; group < plan.groups; ++group) {
+    const double2 of_group = scratch.totals[group * plan.channels + channel];
+    dgamma += of_group.x;
+    dbeta += of_group.y;
+  }
+  if (p.dweight) static_cast<T*>(p.dweight)[channel] = T(dgamma);
+  if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(dbeta);
+}
+
+template <class K, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kResident)
+    sums_kernel(const __grid_constant__ Plan plan, const __grid_constant__ BackwardParams p,
+                const __grid_constant__ Scratch scratch, unsigned* tickets) {
+  __shared__ Affine<typename K::Compute> affines[kMaxWidth];
+  const Part part(plan, false);
+  const Walk<K> walk(plan, part);
+  prepare<K>(plan, p, part, affines);
+  const Affine<typename K::Compute>* forwarded = affines + (walk.channel - int64_t(part.tile) * plan.width);
+  const Sums total = block_total<K>(plan, thread_sums<K, kPlain>(p, walk, forwarded));
+  if (completes_tile(plan, part, total, scratch.partials, tickets)) finish<K>(plan, p, scratch, part.tile);
+}
+
+template <class K, bool kPlain>
+__global__ void __launch_bounds__(kThreads, kResident)
+    gradient_kernel(const __grid_constant__ Plan plan, const __grid_constant__ BackwardParams p,
+                    const __grid_constant__ Scratch scratch) {
+  using T = typename K::Compute;
+  __shared__ Affine<T> affines[kMaxWidth];
+  const Part part(plan, true);
+  const Walk<K> walk(plan, part);
+  if constexpr (!kPlain) prepare<K>(plan, p, part, affines);
+  if (!walk.inside()) return;
+  const auto coefficients =
+      static_cast<const GradientAffine<T>*>(scratch.coefficients) + part.group * plan.channels + walk.channel;
+  GradientAffine<T> gradients[K::kChannels];
+  for (int i = 0; i < K::kChannels; ++i) gradients[i] = coefficients[i];
+  const Affine<T>* forwarded = affines + (walk.channel - int64_t(part.tile) * plan.width);
+  map_batches(walk, Upstream<K, kPlain>{}, p, forwarded, gradients);
+}
+
+}  // namespace
+
+cudaError_t backward(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  const Operand operands[] = {{p.x, p.x_strides},
+                              {p.dy, p.dy_strides},
+                              {p.residual, p.residual_strides},
+                              {p.dx, p.dx_strides},
+                              {p.dresidual, p.dresidual_strides}};
+  const int bytes = vector_bytes(p.dtype, p.extent, operands);
+  const Plan plan = plan_for(p.dtype, p.extent, bytes, device.blocks);
+  const Scratch scratch(p.workspace, p.extent, device.blocks);
+  const auto run = [&](auto sums, auto gradient) {
+    const cudaError_t error = launch(sums, plan.blocks(), stream, plan, p, scratch, device.tickets);
+    return error || (!p.dx && !p.dresidual) ? error : launch(gradient, plan.blocks(), stream, plan, p, scratch);
+  };
+  return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
+    using K = decltype(kind);
+    return p.activation == Activation::none ? run(sums_kernel<K, true>, gradient_kernel<K, true>)
+                                            : run(sums_kernel<K, false>, gradient_kernel<K, false>);
+  });
+}
+
+}  // namespace torch_bn::cuda
