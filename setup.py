@@ -11,17 +11,25 @@ from pathlib import Path
 
 from setuptools import setup
 
+build = runpy.run_path("torch_bn/_build.py")
+if home := build["cuda_home"]():
+    os.environ["CUDA_HOME"] = str(home)  # which torch reads when it is imported
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit("torch_bn needs torch to build: install torch first, then `pip install --no-build-isolation torch_bn`.")
 
-build = runpy.run_path("torch_bn/_build.py")
 os.environ.setdefault("MAX_JOBS", str(build["MAX_JOBS"]))
-sources = [os.path.relpath(path) for path in build["sources"]()]
-headers = [os.path.relpath(path) for path in build["CSRC"].rglob("*.*")]
-extension = CppExtension("torch_bn._C", sources, depends=headers, extra_compile_args={"cxx": build["CXX_FLAGS"]})
+obstacle = build["cuda_obstacle"](torch.version.cuda)
+if obstacle is None and not torch.cuda.is_available():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build["CUDA_ARCHITECTURES"])
+extension = (CppExtension if obstacle else CUDAExtension)(
+    "torch_bn._C",
+    [os.path.relpath(path) for path in build["sources"](with_cuda=obstacle is None)],
+    depends=[os.path.relpath(path) for path in build["CSRC"].rglob("*.*")],
+    extra_compile_args={"cxx": build["CXX_FLAGS"], "nvcc": build["NVCC_FLAGS"]},
+)
 
 
 class Build(BuildExtension):

@@ -12,9 +12,9 @@ MAY_INCLUDE = {
     ".": r"<cstdint>",
     "math": r"math/\w+\.h|<math\.h>",
     "cpu": r"kernels\.h|math/\w+\.h|cpu/\w+\.(h|inl)|<(atomic|cstdint|cstdlib|cstring|utility)>",
-    "cuda": r"kernels\.h|math/\w+\.h|cuda/\w+\.cuh?|<(cuda\w*|cooperative_groups)\.h>",
+    "cuda": r"kernels\.h|math/\w+\.h|cuda/\w+\.(cuh|h)|<cuda\w*\.h>",
     "torch": r"kernels\.h|torch/\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>|<Python\.h>",
-    "torch/cuda": r"kernels\.h|torch/(cuda/)?\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>",
+    "torch/cuda": r"kernels\.h|cuda/launch\.h|torch/(cuda/)?\w+\.h|<[a-z_]+>|<(torch|ATen|c10)/.+>",
 }
 # Headers that include the whole of torch: each costs every file that sees it half a minute and a gigabyte.
 WHOLE_TORCH = r"<torch/(extension|all|torch|script|types|autograd|csrc/api/.*)\.h>|<ATen/(ATen|Functions)\.h>"
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "_build": set(),
     "_checks": set(),
     "_compile": {"_build"},
-    "_operators": {"_compile", "_C", "_fake", "__version__"},
+    "_operators": {"_build", "_compile", "_C", "_fake", "__version__"},
     "_fake": {"_checks"},
     "_shapes": set(),
     "_store": {"_checks", "layers", "regularizers", "updates"},

@@ -6,9 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from architecture import forbidden_imports, forbidden_in_csrc, weak_symbols
 
-from torch_bn import _build
+import torch_bn
+from torch_bn import _build, _compile
 
 PACKAGE = Path(_build.__file__).parent
 ISA_FILES = [path for path in sorted(_build.CSRC.glob("cpu/*.cpp")) if ".inl" in path.read_text()]
@@ -37,6 +39,10 @@ def test_the_package_keeps_to_the_arrows() -> None:
         ("cpu/avx2.cpp", "#include <ATen/Parallel.h>", "may not include <ATen/Parallel.h>"),
         ("cpu/avx2.cpp", '#include "../torch/checks.h"', "may not include torch/checks.h"),
         ("cpu/avx2.cpp", '#include "../cuda/device.cuh"', "may not include cuda/device.cuh"),
+        ("cuda/forward.cu", "#include <ATen/core/Tensor.h>", "may not include <ATen/core/Tensor.h>"),
+        ("cuda/plan.h", '#include "../cpu/target.h"', "may not include cpu/target.h"),
+        ("cuda/forward.cu", "int* scratch = new int[8];", "may not use new"),
+        ("torch/cuda/backend.cpp", '#include "../../cuda/plan.h"', "may not include cuda/plan.h"),
         ("cpu/select.cpp", "#include <thread>", "may not include <thread>"),
         ("cpu/loops.inl", "float* scratch = (float*)malloc(8);", "may not use malloc"),
         ("cpu/loops.inl", "float* scratch = new float[8];", "may not use new"),
@@ -51,7 +57,7 @@ def test_the_package_keeps_to_the_arrows() -> None:
 )
 def test_a_forbidden_line_in_csrc_is_found(tmp_path: Path, file: str, line: str, finding: str) -> None:
     path = tmp_path / file
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"// malloc, new and #include <torch/all.h> in a comment harm nobody\n{line}\n")
     findings = forbidden_in_csrc(tmp_path)
     assert len(findings) == 1 and findings[0].startswith(f"{file}: ") and finding in findings[0], findings
@@ -96,7 +102,65 @@ def test_one_list_of_flags_serves_every_file() -> None:
 
 
 def test_every_source_is_listed_under_a_name_of_its_own() -> None:
-    listed = [Path(path) for path in _build.sources()]
-    assert sorted(listed) == sorted(_build.CSRC.rglob("*.cpp"))
+    listed = [Path(path) for path in _build.sources(with_cuda=True)]
+    assert sorted(listed) == sorted([*_build.CSRC.rglob("*.cpp"), *_build.CSRC.rglob("*.cu")])
+    without = {Path(path) for path in _build.sources(with_cuda=False)}
+    assert {path.parent.name for path in set(listed) - without} == {"cuda"}
     stems = [path.stem for path in listed]
     assert len(set(stems)) == len(stems), "objects compiled on demand lie in one folder, named by the file alone"
+
+
+def toolkit(folder: Path, release: str) -> Path:
+    """Something that looks like a CUDA toolkit."""
+    for name in ("bin", "include"):
+        (folder / name).mkdir(parents=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_the_toolkit_is_what_the_environment_names_or_where_nvcc_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, found = toolkit(tmp_path / "named", "13.0"), toolkit(tmp_path / "found", "13.0")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{found / 'bin'}:{os.environ['PATH']}")
+    assert _build.cuda_home() == found
+    monkeypatch.setenv("CUDA_PATH", str(named))
+    assert _build.cuda_home() == named
+    monkeypatch.setenv("CUDA_HOME", str(found))
+    assert _build.cuda_home() == found
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert _build.cuda_home() is None
+
+
+def test_why_the_cuda_kernels_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert _build.cuda_obstacle(None) == "torch was built without CUDA"
+    assert _build.cuda_obstacle("13.0") == "there is no nvcc; CUDA_HOME must name a CUDA toolkit"
+    monkeypatch.setenv("CUDA_HOME", str(toolkit(tmp_path / "old", "12.8")))
+    assert _build.cuda_obstacle("13.0") == "nvcc is of CUDA 12, and torch of CUDA 13.0"
+    assert _build.cuda_obstacle("12.6") is None
+
+
+def test_without_cuda_the_build_says_why() -> None:
+    facts = torch_bn.build_info()
+    assert (facts["cuda"] is None) == bool(facts["cuda_reason"]) == (not torch_bn._operators.has_cuda)
+    if torch.version.cuda is None:
+        assert facts["cuda_reason"] == "torch was built without CUDA"
+
+
+@pytest.mark.parametrize(
+    ("named", "devices", "expected"),
+    [("8.6", [(9, 0)], "8.6"), ("", [(9, 0), (7, 5), (9, 0)], "7.5;9.0"), ("", [], _build.CUDA_ARCHITECTURES)],
+)
+def test_architectures_are_those_named_or_seen_or_many(
+    named: str, devices: list[tuple[int, int]], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: devices[device])
+    assert _compile._architectures() == expected

@@ -345,14 +345,24 @@ def test_where_the_kernels_cannot_serve_plain_operations_do(around, text, calls,
         around(lambda x: batch_norm(x, None, None, training=True, fused=True), x)
 
 
-def test_the_kernels_are_for_the_cpu(monkeypatch):
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_the_kernels_are_for_the_devices_they_were_built_for(has_cuda, monkeypatch):
     monkeypatch.setattr(_operators, "batch_norm", lambda *_: pytest.fail("must not be called"))
+    monkeypatch.setattr(_operators, "has_cuda", has_cuda)
 
     class Elsewhere:
-        is_cpu = is_meta = False
+        is_cpu = is_meta = is_cuda = False
         device = "xpu:0"
 
-    assert torch_bn.functional._obstacle(Elsewhere()) == "they run on the cpu and the input is on xpu:0"
+    class OnCuda(Elsewhere):
+        is_cuda = True
+        device = "cuda:1"
+
+    where = "the cpu and CUDA devices" if has_cuda else "the cpu"
+    assert torch_bn.functional._obstacle(Elsewhere()) == f"they run on {where} and the input is on xpu:0"
+    assert torch_bn.functional._obstacle(OnCuda()) == (
+        None if has_cuda else "they run on the cpu and the input is on cuda:1"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def _cache_folder() -> Path:
 
     key = hashlib.sha256()
     about = [torch.__version__, sysconfig.get_config_var("EXT_SUFFIX"), os.environ.get("CXX"), _build.CXX_FLAGS]
+    if _with_cuda():
+        about += [_build.NVCC_FLAGS, _architectures()]
     key.update(repr(about).encode())
     for file in sorted(path for path in _build.CSRC.rglob("*") if path.is_file()):
         key.update(f"{file.relative_to(_build.CSRC)} {_digest(file)}\n".encode())
@@ -105,13 +107,25 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _with_cuda() -> bool:
+    return _build.cuda_obstacle(torch.version.cuda) is None
+
+
+def _architectures() -> str:
+    """For TORCH_CUDA_ARCH_LIST: what the environment says, the GPUs that torch sees, or what serves most."""
+    seen = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return named or ";".join(f"{major}.{minor}" for major, minor in sorted(seen)) or _build.CUDA_ARCHITECTURES
+
+
 def _environment() -> dict[str, str]:
     """The environment to compile in: ninja on the PATH, even when its virtual environment is not activated."""
     path = os.environ.get("PATH", os.defpath)
     if importlib.util.find_spec("ninja"):
         path = os.pathsep.join(filter(None, [importlib.import_module("ninja").BIN_DIR, path]))
     search = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {"MAX_JOBS": str(_build.MAX_JOBS), **os.environ, "PATH": path, "PYTHONPATH": search}
+    cuda = {"CUDA_HOME": str(_build.cuda_home()), "TORCH_CUDA_ARCH_LIST": _architectures()} if _with_cuda() else {}
+    return {"MAX_JOBS": str(_build.MAX_JOBS), **os.environ, "PATH": path, "PYTHONPATH": search, **cuda}
 
 
 def _check_tools(path: str) -> None:
@@ -129,8 +143,10 @@ def _compile(folder: Path, verbose: bool) -> None:
     _check_tools(environment["PATH"])
     arguments = {
         "name": "_C",
-        "sources": _build.sources(),
+        "sources": _build.sources(_with_cuda()),
+        "with_cuda": _with_cuda(),
         "extra_cflags": _build.CXX_FLAGS,
+        "extra_cuda_cflags": _build.NVCC_FLAGS,
         "build_directory": str(folder),
         "verbose": True,
     }

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
-from . import _compile
+from . import _build, _compile
 
 logger = logging.getLogger("torch_bn")
 
 batch_norm: Any = None
 """torch.ops.torch_bn.batch_norm.default once the kernels are loaded, else None. Read it at each call."""
+
+has_cuda = False
+"""Whether the kernels that are loaded run on CUDA devices, too. Read it at each call."""
 
 _extension: ModuleType | None = None
 _origin: str | None = None
@@ -49,10 +52,13 @@ def update_statistics(*arguments: Any) -> None:
 
 
 def build_info() -> dict[str, Any]:
-    """What runs here: versions, where the kernels come from or why there are none, and the CPU table in use."""
+    """What runs here: versions, where the kernels come from or why there are none, the CPU table in use, and the CUDA
+    that they were built with or why they were not."""
     from . import __version__
 
     facts = dict(_extension.build_info()) if _extension else {}
+    cuda = facts.get("cuda")
+    missing = _build.cuda_obstacle(torch.version.cuda) or "the kernels were built without; build them again"
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -64,16 +70,18 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "compiler": facts.get("compiler"),
         "openmp": facts.get("openmp"),
-        "cuda": facts.get("cuda"),
+        "cuda": cuda,
+        "cuda_reason": None if cuda or not _extension else missing,
     }
 
 
 def _adopt(extension: ModuleType, origin: str) -> None:
     """Makes a loaded extension the one in use."""
-    global batch_norm, _extension, _origin, _reason
+    global batch_norm, has_cuda, _extension, _origin, _reason
     from . import _fake  # noqa: F401  describes the operators, so they must be registered first
 
     _extension, _origin, _reason = extension, origin, None
+    has_cuda = extension.build_info()["cuda"] is not None
     batch_norm = torch.ops.torch_bn.batch_norm.default
 
 

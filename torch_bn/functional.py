@@ -312,8 +312,9 @@ def _obstacle(input: Tensor) -> str | None:
     """Why the compiled kernels cannot serve this input now; None when they can."""
     if _operators.batch_norm is None:
         return f"{_operators.unavailable_reason()}; torch_bn.load() compiles them"
-    if not (input.is_cpu or input.is_meta):
-        return f"they run on the cpu and the input is on {input.device}"
+    if not (input.is_cpu or input.is_meta or (input.is_cuda and _operators.has_cuda)):
+        where = "the cpu and CUDA devices" if _operators.has_cuda else "the cpu"
+        return f"they run on {where} and the input is on {input.device}"
     if torch._C._are_functorch_transforms_active():
         return "they do not serve inside torch.func transforms"
     if forward_ad._current_level >= 0:

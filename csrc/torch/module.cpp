@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "../kernels.h"
+#include "backend.h"
 
 namespace {
 
@@ -18,7 +19,10 @@ PyObject* build_info(PyObject*, PyObject*) {
 #else
   PyObject* openmp = Py_False;
 #endif
-  return Py_BuildValue("{s:s,s:s,s:O,s:O}", "torch", TORCH_VERSION, "compiler", compiler, "openmp", openmp, "cuda", Py_None);
+  const int cuda = torch_bn::cuda_backend ? torch_bn::cuda_backend->cuda : 0;
+  PyObject* version = cuda ? PyUnicode_FromFormat("%d.%d", cuda / 1000, cuda % 1000 / 10) : Py_NewRef(Py_None);
+  return Py_BuildValue("{s:s,s:s,s:O,s:N}", "torch", TORCH_VERSION, "compiler", compiler, "openmp", openmp, "cuda",
+                       version);
 }
 
 PyObject* cpu_table(PyObject*, PyObject*) { return PyUnicode_FromString(torch_bn::cpu::selected().name); }

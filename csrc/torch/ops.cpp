@@ -1,5 +1,5 @@
 // The operators: their schemas, and one function per operator, for every device, that checks, allocates, fills the
-// struct and calls the table of kernels. autograd.cpp makes them differentiable, torch_bn/_fake.py gives their shapes.
+// struct and calls the device's kernels. autograd.cpp makes them differentiable, torch_bn/_fake.py gives their shapes.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -9,10 +9,14 @@
 
 #include "../kernels.h"
 #include "autograd.h"
+#include "backend.h"
 #include "checks.h"
 #include "layout.h"
 
 namespace torch_bn {
+
+const Backend* cuda_backend = nullptr;
+
 namespace {
 
 /// NB: not sysconf, which in a virtual machine may count the caches of a whole server.
@@ -28,8 +32,19 @@ Executor host_threads() {
     at::parallel_for(0, count, grain, [=](int64_t first, int64_t last) { body(context, first, last); });
   };
   static const int64_t cache_bytes = last_level_cache();
-  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), cache_bytes, nullptr};
+  return {parallel_for, at::in_parallel_region() ? 1 : at::get_num_threads(), cache_bytes};
 }
+
+const Backend cpu_backend{
+    [](DType dtype, const Extent& extent, c10::Device) { return cpu::selected().workspace(dtype, extent); },
+    [](const ForwardParams& p, c10::Device) { cpu::selected().forward(p, host_threads()); },
+    [](const InferenceParams& p, c10::Device) { cpu::selected().inference(p, host_threads()); },
+    [](const BackwardParams& p, c10::Device) { cpu::selected().backward(p, host_threads()); },
+    [](const UpdateParams& p, c10::Device) { cpu::selected().update(p); },
+    0,
+};
+
+const Backend& backend_of(c10::Device device) { return device.is_cuda() ? *cuda_backend : cpu_backend; }
 
 DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -40,11 +55,11 @@ DType dtype_of(const at::Tensor& t) {
   }
 }
 
-/// Scratch for one call; small ones need no allocation.
+/// Scratch for one call; small ones of the host need no allocation.
 class Workspace {
  public:
   Workspace(int64_t bytes, const at::Tensor& input) {
-    if (bytes > int64_t(sizeof small_)) large_ = make_empty({bytes}, input, at::kByte);
+    if (bytes > int64_t(sizeof small_) || !input.is_cpu()) large_ = make_empty({bytes}, input, at::kByte);
   }
   void* data() { return large_.defined() ? large_.mutable_data_ptr() : small_; }
 
@@ -160,11 +175,12 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type);
   RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
-  const Kernels& kernels = cpu::selected();
+  const c10::Device device = input.device();
+  const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
-  Workspace workspace(kernels.workspace(dtype, extent), input);
+  Workspace workspace(backend.workspace(dtype, extent, device), input);
   double* const rows = saved.mutable_data_ptr<double>();
-  kernels.forward({.dtype = dtype,
+  backend.forward({.dtype = dtype,
                    .extent = extent,
                    .x = x.const_data_ptr(),
                    .x_strides = x_strides,
@@ -180,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
                    .unbiased = unbiased,
                    .statistics = apart ? apart->mutable_data_ptr<double>() : nullptr,
                    .workspace = workspace.data()},
-                  host_threads());
+                  device);
   if (!apart) buffers.write_back();
   return {output, saved};
 }
@@ -194,11 +210,13 @@ void update_statistics(const at::Tensor& statistics, const OptionalTensor& runni
   check_update(statistics, running_mean, running_var, num_batches_tracked, momentum, renorm, renorm_momentum);
   const auto type = running_mean && running_mean->scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
-  cpu::selected().update({.dtype = type == at::kDouble ? DType::f64 : DType::f32,
-                          .channels = statistics.size(1),
-                          .statistics = statistics.const_data_ptr<double>(),
-                          .eps = eps,
-                          .running = buffers.running(momentum, renorm_momentum)});
+  const c10::Device device = statistics.device();
+  backend_of(device).update({.dtype = type == at::kDouble ? DType::f64 : DType::f32,
+                             .channels = statistics.size(1),
+                             .statistics = statistics.const_data_ptr<double>(),
+                             .eps = eps,
+                             .running = buffers.running(momentum, renorm_momentum)},
+                            device);
   buffers.write_back();
 }
 
@@ -214,10 +232,11 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
   const Strides x_strides = layout.fit(x);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type), mean(running_mean, type), var(running_var, type);
-  const Kernels& kernels = cpu::selected();
+  const c10::Device device = input.device();
+  const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
-  Workspace workspace(kernels.workspace(dtype, extent), input);
-  kernels.inference({.dtype = dtype,
+  Workspace workspace(backend.workspace(dtype, extent, device), input);
+  backend.inference({.dtype = dtype,
                      .extent = extent,
                      .x = x.const_data_ptr(),
                      .x_strides = x_strides,
@@ -229,7 +248,7 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
                      .running_mean = mean.data(),
                      .running_var = var.data(),
                      .workspace = workspace.data()},
-                    host_threads());
+                    device);
   return output;
 }
 
@@ -248,11 +267,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
   const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
   const Parameter gamma(weight, type);
-  const Kernels& kernels = cpu::selected();
+  const c10::Device device = input.device();
+  const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
-  Workspace workspace(kernels.workspace(dtype, extent), input);
+  Workspace workspace(backend.workspace(dtype, extent, device), input);
   const double* const rows = saved.const_data_ptr<double>();
-  kernels.backward({.dtype = dtype,
+  backend.backward({.dtype = dtype,
                     .extent = extent,
                     .training = training,
                     .dy = dy.const_data_ptr(),
@@ -269,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                     .dweight = grad_weight.mutable_data_ptr(),
                     .dbias = grad_bias.mutable_data_ptr(),
                     .workspace = workspace.data()},
-                   host_threads());
+                   device);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -317,11 +337,13 @@ TORCH_LIBRARY(torch_bn, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(torch_bn, CPU, m) {
-  m.impl("_batch_norm_forward", &forward);
-  m.impl("_batch_norm_inference", &inference);
-  m.impl("_batch_norm_backward", &backward);
-  m.impl("update_statistics", &update_statistics);
+void register_operators(torch::Library& library) {
+  library.impl("_batch_norm_forward", &forward);
+  library.impl("_batch_norm_inference", &inference);
+  library.impl("_batch_norm_backward", &backward);
+  library.impl("update_statistics", &update_statistics);
 }
+
+TORCH_LIBRARY_IMPL(torch_bn, CPU, library) { register_operators(library); }
 
 }  // namespace torch_bn
