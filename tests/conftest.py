@@ -31,6 +31,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def _device_of_the_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `kernels` make their tensors on the device that TORCH_BN_TEST_DEVICE names, if it is set."""
+    name = os.environ.get("TORCH_BN_TEST_DEVICE")
+    if name is None or request.node.get_closest_marker("kernels") is None:
+        yield
+        return
+    torch.set_default_device(name)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture
 def tolerances() -> dict[torch.dtype, dict[str, float]]:
     """For torch.testing.assert_close(actual, expected, **tolerances[dtype])."""

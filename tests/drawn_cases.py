@@ -143,7 +143,7 @@ class Numbers:
 
     def __init__(self, case: Case):
         self.case = case
-        self.generator = torch.Generator().manual_seed(case.seed)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(case.seed)
         count = math.prod(case.channels)
         kept = case.kept
 
@@ -190,7 +190,7 @@ class Numbers:
         """In float64; `vector`: one value per channel, in the broadcast shape."""
         if value is None:
             return np.full((1,) * len(self.case.shape), missing)
-        array = np.asarray(value.detach().double() if isinstance(value, Tensor) else value, np.float64)
+        array = np.asarray(value.detach().double().cpu() if isinstance(value, Tensor) else value, np.float64)
         return array.reshape(self.case.channels) if vector else array
 
     def state(self) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def test_plain_operations_give_tensorflows_numbers(name, device, monkeypatch):
     "name", [pytest.param(name, marks=KERNELS.marks) for name in CASES if CASES[name]["params"]["fused"] is not False]
 )
 def test_kernels_give_tensorflows_numbers(name):
-    assert_agrees(Sequence(name, True))
+    assert_agrees(Sequence(name, True, torch.get_default_device()))
 
 
 def test_every_recording_is_used():

@@ -41,11 +41,12 @@ HALF_ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 def assert_within(name: str, actual: Tensor, expected: Value, dtype: torch.dtype) -> None:
     """Within rounding of the formulas' value, to which half results add their own single rounding."""
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    actual = actual.detach().cpu()
     value = torch.from_numpy(np.array(expected.value)).reshape(-1)
     allowed = UNITS * unit * (torch.from_numpy(np.array(expected.size)).reshape(-1) + 0.25)
     if actual.dtype in HALF_ROUNDING:
         allowed = allowed + 1.01 * HALF_ROUNDING[actual.dtype] * value.abs() + torch.finfo(actual.dtype).smallest_normal
-    error = (actual.detach().double().reshape(-1) - value).abs()
+    error = (actual.double().reshape(-1) - value).abs()
     worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax()) if error.numel() else 0
     assert bool((error <= allowed).all()), (
         f"{name}[{worst}] is {actual.reshape(-1)[worst].item():.9g}, the formula says {value[worst].item():.9g}: "
