@@ -13,17 +13,18 @@ python := $(VENV)/bin/python
 installed := $(VENV)/.torch_bn-installed
 extension := torch_bn/_built_for.txt
 native_tests := tests/test_build.py tests/test_cpp.py
+cuda_checks := tests/test_cuda_sources.py tests/test_cuda_emulation.py
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test lint native-tests python-tests bench wheel build clean
+.PHONY: demo test lint native-tests cuda-check python-tests bench cuda-verify wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
 	$(python) examples/demo.py
 
 # Fastest first, so that a slip shows in seconds.
-test: lint native-tests python-tests
+test: lint native-tests cuda-check python-tests
 
 lint: $(installed)
 	$(python) -m ruff check .
@@ -32,18 +33,33 @@ lint: $(installed)
 native-tests: build
 	$(python) -m pytest -q $(native_tests)
 
+# All CUDA code through nvcc for every architecture, and its logic on a model of a GPU: skipped where there is no nvcc,
+# unless TORCH_BN_REQUIRE_NVCC=1.
+cuda-check: build
+	$(python) -m pytest -q $(cuda_checks)
+
 # Everything on the best CPU table of this machine, then on each other table the tests that its kernels could fail.
 python-tests: build
 	tables=$$($(python) -c "import torch_bn; print(*torch_bn.build_info()['cpu_tables'])"); test -n "$$tables" || exit 1; \
 	for table in $$tables; do \
 		echo "TORCH_BN_CPU=$$table pytest $$selected"; \
-		TORCH_BN_CPU=$$table $(python) -m pytest -q $(native_tests:%=--ignore=%) $$selected || exit 1; \
+		TORCH_BN_CPU=$$table $(python) -m pytest -q $(addprefix --ignore=,$(native_tests) $(cuda_checks)) $$selected || exit 1; \
 		selected="-m kernels"; \
 	done
 
 bench: build
 	$(python) -m benchmarks
 	$(python) -m benchmarks.features
+
+# On a machine with a GPU, with an environment that has all of requirements-dev.txt that the tests of the kernels need:
+# nothing is installed, as such machines often have no network. make cuda-verify VENV=/path/to/environment
+cuda-verify:
+	$(python) setup.py -q build_ext --inplace
+	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests/test_cuda.py -k "not sanitizer"
+	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests -k "cuda and not sanitizer" --ignore=tests/test_cuda.py $(addprefix --ignore=,$(native_tests) $(cuda_checks))
+	TORCH_BN_TEST_DEVICE=cuda $(python) -m pytest -q -m kernels $(addprefix --ignore=,$(native_tests) $(cuda_checks))
+	$(python) -m benchmarks.cuda
+	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests/test_cuda.py -k sanitizer
 
 wheel: build
 	$(python) -m build --no-isolation
