@@ -63,6 +63,8 @@ class Case:
     filled: tuple[float, float]
     virtual_batch_size: int | None
     adjustment: str | None
+    residual: str | None  # its layout
+    activation: str | None
     steps: int
     offset: float
 
@@ -96,12 +98,14 @@ class Case:
         return Rules(
             *(self.axes, self.eps, self.momentum, self.renorm, self.renorm_momentum, self.clipping, self.groups),
             unbiased=not self.renorm,
+            relu=self.activation == "relu",
         )
 
 
 @st.composite
 def cases(draw: st.DrawFn, divides: bool = False) -> Case:
-    """`divides`: virtual_batch_size divides the batch and comes without adjustment, as TensorFlow wants it."""
+    """`divides`: virtual_batch_size divides the batch and comes without adjustment, as TensorFlow wants it, and nothing
+    comes after the normalisation."""
     rank = draw(st.integers(1, 5))
     shape: list[int] = []
     for _ in range(rank):
@@ -133,6 +137,8 @@ def cases(draw: st.DrawFn, divides: bool = False) -> Case:
         filled=draw(st.sampled_from([(0.0, 0.0), (0.3, 0.3), (0.6, 0.2), (1.0, 1.0)])),
         virtual_batch_size=ghosts,
         adjustment=None if divides and ghosts else draw(adjustments),
+        residual=None if divides else draw(st.none() | st.sampled_from(list(LAYOUTS))),
+        activation=None if divides else draw(st.sampled_from([None, "relu"])),
         steps=draw(st.integers(1, 3)),
         offset=draw(st.sampled_from([0.0, 0.5, 20.0] if dtype != torch.float64 else [0.0])),  # the oracle is as exact
     )
@@ -181,10 +187,16 @@ class Numbers:
         first, second = shapes[self.case.adjustment]
         return uniform(first, 0.5), normal(second)
 
-    def batch(self) -> tuple[Tensor, Tensor]:
+    def batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, dy and the residual."""
         case = self.case
-        x, dy = self.normal(case.shape, torch.float64) + case.offset, self.normal(case.shape, torch.float64)
-        return tuple(LAYOUTS[layout](t.to(case.dtype)) for layout, t in zip(case.layouts, (x, dy), strict=True))  # type: ignore[return-value]
+
+        def laid_out(layout: str | None, offset: float = 0.0) -> Any:
+            if layout is None:
+                return None
+            return LAYOUTS[layout]((self.normal(case.shape, torch.float64) + offset).to(case.dtype))
+
+        return laid_out(case.layouts[0], case.offset), laid_out(case.layouts[1]), laid_out(case.residual)
 
     def for_formulas(self, value: Any, missing: float, vector: bool = False) -> ndarray:
         """In float64; `vector`: one value per channel, in the broadcast shape."""
@@ -198,17 +210,23 @@ class Numbers:
         values = [self.mean, self.var, *(self.renorm if self.case.renorm else ())]
         return {name.name: value.clone() for name, value in zip(fields(State), values, strict=False)}
 
-    def inputs(self, x: Tensor) -> dict[str, Any]:
-        """What a gradient is asked of, by the name of the gradient; x with the strides that it has."""
+    def inputs(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
+        """What a gradient is asked of, by the name of the gradient; x and residual with the strides that they have."""
         given = {"dweight": self.weight, "dbias": self.bias, "dscale": self.scale, "dshift": self.shift}
         leaves = {
             name: value.clone().requires_grad_() if isinstance(value, Tensor) else value
             for name, value in given.items()
         }
-        return {"dx": x.detach().requires_grad_(), **leaves}
+        added = None if residual is None else residual.detach().requires_grad_()
+        return {"dx": x.detach().requires_grad_(), **leaves, "dresidual": added}
 
     def expected(
-        self, x: Tensor, dy: Tensor, kept: dict[str, Tensor], rules: Rules | None = None
+        self,
+        x: Tensor,
+        dy: Tensor,
+        kept: dict[str, Tensor],
+        rules: Rules | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[dict[str, Value], State]:
         """What the formulas say to a batch, from the state as it is now."""
         vector = self.case.adjustment == "vector"
@@ -220,4 +238,13 @@ class Numbers:
             self.for_formulas(self.shift, 0, vector),
             State(**{name: self.for_formulas(value, 0, value.dim() > 0) for name, value in kept.items()}),
             rules or self.case.rules,
+            self.for_formulas(residual, 0),
         )
+
+    def away_from_the_kink(self, x: Tensor, dy: Tensor, kept: dict[str, Tensor], residual: Tensor | None) -> Tensor:
+        """dy, but zero where rounding decides on which side of an activation's kink an element lies."""
+        if self.case.activation is None:
+            return dy
+        before = self.expected(x, dy, kept, residual=residual)[0]["before"]
+        near = torch.from_numpy(np.abs(before.value) < 2**-6 * before.size).to(dy.device)
+        return dy.masked_fill_(near, 0)  # with the strides that it has

@@ -36,6 +36,7 @@ class Rules:
     clipping: dict[str, float] = field(default_factory=dict)
     groups: int = 1
     unbiased: bool = True
+    relu: bool = False
 
 
 @dataclass
@@ -55,8 +56,10 @@ def formulas(
     shift: ndarray,
     state: State,
     rules: Rules,
+    residual: ndarray | float = 0.0,
 ) -> tuple[dict[str, Value], State]:
-    """One step of training: outputs and gradients, and the state after it. `scale` and `shift` are the adjustment."""
+    """One step of training: outputs and gradients, and the state after it. `scale` and `shift` are the adjustment;
+    "before" is what the activation is applied to."""
     others = tuple(axis for axis in range(x.ndim) if axis not in rules.axes)
     parts = [slice(group, None, rules.groups) for group in range(rules.groups)]
 
@@ -91,6 +94,10 @@ def formulas(
     size_of_x_hat = abs(x_hat) + inverse * abs(deviation).max(others, keepdims=True)
     z, size_of_z = x_hat * r + d, size_of_x_hat * abs(r) + abs(d)
     adjusted, size_of_adjusted = z * scale + shift, size_of_z * abs(scale) + abs(shift)
+    before = adjusted * weight + bias + residual
+    size_of_before = size_of_adjusted * abs(weight) + abs(bias) + abs(residual)
+    if rules.relu:
+        dy = np.where(before > 0, dy, 0)
     q = dy * weight * scale * r
     dx, size_of_dx = np.empty_like(x), np.empty_like(x)
     for part, inv in zip(parts, inverses, strict=True):
@@ -99,7 +106,9 @@ def formulas(
         size_of_dx[part] = (abs(q[part]) + mean_of(abs(q[part])) + size_of_h * mean_of(abs(q[part]) * size_of_h)) * inv
 
     results = {
-        "y": Value(adjusted * weight + bias, size_of_adjusted * abs(weight) + abs(bias)),
+        "y": Value(np.maximum(before, 0) if rules.relu else before, size_of_before),
+        "before": Value(before, size_of_before),
+        "dresidual": Value(dy, abs(dy)),
         "dx": Value(dx, size_of_dx),
         "dweight": total(dy * adjusted, dy * size_of_adjusted, mean.shape),
         "dbias": total(dy, dy, mean.shape),

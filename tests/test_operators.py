@@ -76,14 +76,26 @@ def test_opcheck_of_groups_and_renorm(ops, groups, renorm, keep):
     torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_opcheck_of_residual_and_activation(ops, training, activation):
+    call = arguments()
+    call[6] = training
+    residual = torch.randn_like(call[0], requires_grad=True)
+    call = [*call, 1, True, True, *NO_AVERAGES, None, residual, activation]
+    torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
-def test_opcheck_of_what_lies_below(ops, renorm, groups):
+def test_opcheck_of_what_lies_below(ops, renorm, groups, activation):
     x, weight, bias, mean, var, counter, _, momentum, eps, axis = arguments(requires_grad=False)
-    more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None)
+    ending = (torch.randn_like(x) if activation else None, activation)
+    more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None, *ending)
     forward = (x, weight, bias, mean, var, counter, momentum, eps, axis, *more)
     torch.library.opcheck(ops._batch_norm_forward.default, forward, test_utils=CHECKED)
-    inference = (x, weight, bias, mean, var, eps, axis, True)
+    inference = (x, weight, bias, mean, var, eps, axis, True, *ending)
     torch.library.opcheck(ops._batch_norm_inference.default, inference, test_utils=CHECKED)
     _, saved = ops._batch_norm_forward(*forward)
     x.requires_grad_()
@@ -92,6 +104,8 @@ def test_opcheck_of_what_lies_below(ops, renorm, groups):
     for training in (True, False):
         for needs_input_grad in (True, False):
             backward = (dy, x, weight, saved, training, eps, axis, groups, needs_input_grad)
+            if activation:
+                backward += (bias, *ending, not needs_input_grad)
             torch.library.opcheck(ops._batch_norm_backward.default, backward, test_utils=CHECKED)
 
 

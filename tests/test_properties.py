@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layer_pairs import both_paths
 from paths import KERNELS
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 import torch_bn
 from torch_bn import reference
@@ -71,10 +72,8 @@ def gradients_of(y: Tensor, dy: Tensor, inputs: dict[str, Any]) -> dict[str, Ten
 
 
 def is_laid_out_like(y: Tensor, x: Tensor) -> bool:
-    """Channels_last where x is that and nothing else, otherwise contiguous or, where both are the same, either."""
-    format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-    last = y.is_contiguous(memory_format=format)
-    return last if x.is_contiguous(memory_format=format) and not x.is_contiguous() else last or y.is_contiguous()
+    """Channels_last where torch takes x for that, otherwise contiguous."""
+    return y.is_contiguous(memory_format=suggest_memory_format(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,25 +95,30 @@ def test_every_combination_of_options_follows_the_formulas(case):
         "renorm_clipping": case.clipping,
         "renorm_momentum": case.renorm_momentum,
         "virtual_batch_size": case.virtual_batch_size,
+        "activation": case.activation,
         "fused": True,
     }
 
-    def run(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any) -> Tensor:
+    def run(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any) -> Tensor:
         asked = [] if scale is not None else None
         adjustment = None if asked is None else lambda shape: asked.append(shape) or (scale, shift)
-        y = batch_norm(x, mean, var, weight, bias, True, case.momentum, case.eps, adjustment=adjustment, **options)
+        y = batch_norm(
+            *(x, mean, var, weight, bias, True, case.momentum, case.eps),
+            **{"adjustment": adjustment, "residual": residual, **options},
+        )
         assert asked is None or asked == [x.shape]
         return y
 
     if case.fewest == 1:
         before = [value.clone() for value in kept.values()]
         with pytest.raises(ValueError, match="^Expected more than 1 value per channel when training, got input size"):
-            run(batches[0][0], numbers.weight, numbers.bias, numbers.scale, numbers.shift)
+            run(batches[0][0], numbers.weight, numbers.bias, numbers.scale, numbers.shift, batches[0][2])
         assert all(torch.equal(a, b) for a, b in zip(kept.values(), before, strict=True))
         return
-    for x, dy in batches:
-        step, after = numbers.expected(x, dy, kept)
-        inputs = numbers.inputs(x)
+    for x, dy, residual in batches:
+        dy = numbers.away_from_the_kink(x, dy, kept, residual)
+        step, after = numbers.expected(x, dy, kept, residual=residual)
+        inputs = numbers.inputs(x, residual)
         y = run(*inputs.values())
         assert y.shape == x.shape and y.dtype == x.dtype
         assert isinstance(case.axis, list) or is_laid_out_like(y, x)
@@ -157,7 +161,7 @@ def test_tensorflows_layer_follows_the_formulas(case):
         for parameter, value in ((layer.weight, numbers.weight), (layer.bias, numbers.bias)):
             if value is not None:
                 parameter.copy_(value.reshape(parameter.shape))
-    for count, (x, dy) in enumerate(batches):
+    for count, (x, dy, _) in enumerate(batches):
         step, after = numbers.expected(x, dy, kept, replace(case.rules, unbiased=unbiased))
         inputs = numbers.inputs(x) | {"dweight": layer.weight, "dbias": layer.bias, "dscale": scale, "dshift": shift}
         y = layer(inputs["dx"], training=True)
@@ -179,12 +183,13 @@ def test_the_reference_follows_the_formulas_to_the_last_digits(case):
     mean, var, *averages = kept.values()
     bounds = (case.clipping.get(key) for key in ("rmin", "rmax", "dmax"))
     renorm = Renorm(*averages, case.renorm_momentum, *bounds) if case.renorm else None
-    for x, dy in batches:
-        step, after = numbers.expected(x, dy, kept)
-        inputs = numbers.inputs(x)
+    for x, dy, residual in batches:
+        dy = numbers.away_from_the_kink(x, dy, kept, residual)
+        step, after = numbers.expected(x, dy, kept, residual=residual)
+        inputs = numbers.inputs(x, residual)
         y = reference.batch_norm(
             *(inputs["dx"], inputs["dweight"], inputs["dbias"], mean, var, counter, True, case.momentum, case.eps),
-            *(case.axis, case.groups, True, False, renorm),
+            *(case.axis, case.groups, True, False, renorm, None, inputs["dresidual"], case.activation),
         )
         assert_step({"y": y, **gradients_of(y, dy, inputs)}, step, torch.float64)
         assert_state(kept, after, torch.float64)
@@ -218,7 +223,7 @@ def outcome(case: Case, fused: bool, **options: Any) -> list[Tensor]:
     numbers = Numbers(replace(case, adjustment=None))
     mean, var = numbers.mean.clone(), numbers.var.clone()
     found = []
-    for x, dy in [numbers.batch() for _ in range(case.steps)]:
+    for x, dy, _ in [numbers.batch() for _ in range(case.steps)]:
         inputs = numbers.inputs(x)
         y = batch_norm(
             *(inputs["dx"], mean, var, inputs["dweight"], inputs["dbias"], True, case.momentum, case.eps),
@@ -251,7 +256,7 @@ def test_outputs_are_laid_out_like_inputs(case, fused):
         return
     numbers = Numbers(case)
     for layout in ("contiguous", "channels_last", "cut"):
-        x, _ = Numbers(replace(case, layouts=(layout, layout))).batch()
+        x, *_ = Numbers(replace(case, layouts=(layout, layout))).batch()
         y = batch_norm(
             *(x, None, None, numbers.weight, numbers.bias, True, case.momentum, case.eps),
             axis=case.axis,
@@ -343,7 +348,7 @@ def test_both_faces_give_the_same_numbers(case, fused):
     for layer in (ours, theirs):
         gradients, again = [], Numbers(case)
         for _ in range(case.steps):
-            x, dy = again.batch()
+            x, dy, _ = again.batch()
             x.requires_grad_()
             y = layer(x)
             gradients += [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)]

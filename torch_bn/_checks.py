@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("relu",)
 
 
 class Renorm(NamedTuple):
@@ -46,6 +47,8 @@ def check(
     strict: bool = True,
     renorm: Renorm | None = None,
     statistics: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> int:
     """Raises for bad arguments of :func:`torch_bn.reference.batch_norm`, otherwise returns the axis counted from 0.
 
@@ -76,6 +79,10 @@ def check(
         ValueError           batch_norm: renorm_mean must have 4 elements, got 3          (then the other averages)
         ValueError           batch_norm: renorm_momentum must not be 0, which lets nothing in, got 0.0
         ValueError           batch_norm: statistics must be contiguous Double of [2, 4], got Float of [2, 4]
+        ValueError           batch_norm: residual must have the input's shape [2, 4], got [2, 3]
+        TypeError            batch_norm: residual must be Float, Double, Half or BFloat16, got Long
+        RuntimeError         batch_norm: input is on cpu but residual is on meta
+        ValueError           batch_norm: activation must be None or 'relu', got 'tanh'
 
     The three about single values and eps are made only when `strict`, and with several groups the first of them ends in
     " in 4 groups". The order is: running_mean is checked for presence, then length; running_var the same; weight's,
@@ -151,7 +158,22 @@ def check(
                 f"batch_norm: statistics must be contiguous Double of [2, {channels}], "
                 f"got {_name(statistics.dtype)} of {list(statistics.shape)}"
             )
+    if residual is not None:
+        check_residual(residual, input)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"batch_norm: activation must be None or 'relu', got '{activation}'")
     return axis
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"batch_norm: residual must have the input's shape {list(input.shape)}, got {list(residual.shape)}"
+        )
+    if residual.dtype not in FLOATS:
+        raise TypeError(f"batch_norm: residual must be Float, Double, Half or BFloat16, got {_name(residual.dtype)}")
+    if residual.device != input.device:
+        raise RuntimeError(f"batch_norm: input is on {input.device} but residual is on {residual.device}")
 
 
 def _check_strictly(input: Tensor, training: bool, eps: float, axis: int, groups: int) -> None:

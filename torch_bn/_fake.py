@@ -39,12 +39,14 @@ def _forward(
     rmax: float | None,
     dmax: float | None,
     statistics: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     averages = (renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight)
     renorm = None if renorm_mean is None else Renorm(*averages, renorm_momentum)  # type: ignore[arg-type]
     axis = check(
         input, weight, bias, running_mean, running_var, num_batches_tracked, True, momentum, eps, axis, groups, strict,
-        renorm, statistics,
+        renorm, statistics, residual, activation,
     )  # fmt: skip
     rows = 2 * groups + (2 if renorm else 0)
     return _output(input), input.new_empty((rows, input.size(axis)), dtype=torch.float64)
@@ -59,8 +61,13 @@ def _inference(
     eps: float,
     axis: int,
     strict: bool,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    check(input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict)
+    check(
+        input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict, None, None,
+        residual, activation,
+    )  # fmt: skip
     return _output(input)
 
 
@@ -74,11 +81,16 @@ def _backward(
     axis: int,
     groups: int,
     needs_input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    needs_residual_grad: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    grad_input = _output(input) if needs_input_grad else input.new_empty((0,))
+    grad_input = _output(input) if needs_input_grad else None
+    grad_residual = _output(input) if needs_residual_grad else None
     grad_weight = input.new_empty((input.size(axis),), dtype=dtype)
-    return grad_input, grad_weight, torch.empty_like(grad_weight)
+    return grad_input, grad_weight, torch.empty_like(grad_weight), grad_residual
 
 
 def _update(*arguments: Any, **more: Any) -> None:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _operators, _shapes, reference, updates
-from ._checks import Renorm, check
+from ._checks import ACTIVATIONS, Renorm, check, check_residual
 from .schedules import check_clipping, clipping_at
 
 
@@ -38,6 +38,13 @@ class Extras(NamedTuple):
     """Statistics of the batch are used and the running ones stay."""
 
 
+class Ending(NamedTuple):
+    """What comes after the normalisation: activation(y + residual)."""
+
+    residual: Tensor | None = None
+    activation: str | None = None
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -54,6 +61,8 @@ def batch_norm(
     renorm_momentum: float = 0.01,
     virtual_batch_size: int | None = None,
     adjustment: Callable[[torch.Size], Any] | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """Normalises each channel of a batch: :func:`torch.nn.functional.batch_norm` on compiled kernels, and more.
@@ -63,7 +72,7 @@ def batch_norm(
     unbiased var. Otherwise mean and var are the running ones.
 
     In training, x_hat = (x - mean) / sqrt(var + eps) may pass through more: y = ((x_hat * r + d) * a + b) * weight +
-    bias with r and d of `renorm` and a and b of `adjustment`.
+    bias with r and d of `renorm` and a and b of `adjustment`. At the end, always: activation(y + residual).
 
     Args:
         input: [N, C, ...], float32, float64, float16 or bfloat16, any rank from 1 and any strides. float64 is computed
@@ -89,18 +98,22 @@ def batch_norm(
             groups; r and d are shared. Default: None, one group.
         adjustment: called in training with the input's size; returns (a, b), tensors, arrays or numbers: C values,
             one per channel, or what broadcasts against the input. Gradients flow into both. Default: None.
+        activation: "relu", applied in the same pass. Its derivative is found again from the input, so that the output
+            need not be kept. Default: None, none.
+        residual: added before the activation in the same pass; of the input's shape and any of the four dtypes, in
+            whose precision its gradient comes. Default: None.
         fused: None takes the compiled kernels where they can serve and plain torch operations where not (no kernels
             loaded, another device, torch.func transforms, forward-mode differentiation, torch.jit.trace). True takes
             the kernels or raises. False takes plain torch operations. Default: None.
 
     Returns:
         y, with the input's shape and dtype, contiguous or channels_last as the input is; differentiable any number of
-        times with respect to input, weight and bias.
+        times with respect to input, weight, bias and residual.
 
     Raises:
         ValueError: one value per channel (of a group) in training, eps or axis out of range, one running statistic
             without the other, momentum=None, virtual_batch_size not positive or with axis 0, unknown keys in
-            renorm_clipping, an adjustment that does not broadcast.
+            renorm_clipping, an adjustment that does not broadcast, a residual of another shape, an unknown activation.
         RuntimeError: a tensor of the wrong length or on another device, evaluation without running statistics,
             fused=True where the kernels cannot serve.
         TypeError, NotImplementedError: dtypes other than the four, arguments of another type.
@@ -111,10 +124,10 @@ def batch_norm(
         averages of TensorFlow 1. Ghost batches: Hoffer, Hubara and Soudry, 2017, arXiv:1705.08741, with TensorFlow's
         groups and its single update.
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         return handle_torch_function(
             batch_norm,
-            (input, running_mean, running_var, weight, bias),
+            (input, running_mean, running_var, weight, bias, residual),
             *(input, running_mean, running_var, weight, bias, training, momentum, eps),
             axis=axis,
             renorm=renorm,
@@ -122,15 +135,22 @@ def batch_norm(
             renorm_momentum=renorm_momentum,
             virtual_batch_size=virtual_batch_size,
             adjustment=adjustment,
+            activation=activation,
+            residual=residual,
             fused=fused,
         )
     axes = _shapes.check_axes(axis)
     _check_types(input, running_mean, running_var, weight, bias, training, momentum, eps, fused)
     check_virtual_batch_size(virtual_batch_size)
     check_renorm(renorm, renorm_clipping, renorm_momentum)
+    check_activation(activation)
+    check_residual_type(residual)
+    ending = None if residual is None and activation is None else Ending(residual, activation)
     plain = renorm is None and virtual_batch_size is None and adjustment is None
     if isinstance(axes, int) and (plain or not training):
-        return _batch_norm(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused)
+        return _batch_norm(
+            *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused, None, ending)
+        )
     bounds = clipping_at(renorm_clipping, 0)
     extras = Extras(
         groups=_shapes.groups_of(input, axes, virtual_batch_size) if training else 1,
@@ -139,6 +159,7 @@ def batch_norm(
     return _batch_norm_with(
         *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused, extras),
         _shapes.adjustment_of(adjustment, input, axes) if training else None,
+        ending,
     )
 
 
@@ -156,6 +177,7 @@ def _batch_norm_with(
     fused: bool | None,
     extras: Extras,
     adjusted: _shapes.Adjustment | None,
+    ending: Ending | None = None,
 ) -> Tensor:
     """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
     if not training:
@@ -164,13 +186,19 @@ def _batch_norm_with(
         return _batch_norm(
             *(input, weight, bias, running_mean, running_var, num_batches_tracked),
             *(training, momentum, eps, axes, fused, extras),
+            ending,
         )
     axes = _shapes.resolved(axes, input)
     x, axis = _shapes.gathered(input, axes)
+    ending = ending or Ending()
+    added = None
+    if ending.residual is not None:
+        check_residual(ending.residual, input)
+        added = _shapes.gathered(ending.residual, axes)[0]
     if adjusted is not None:  # then the operator does not see weight and bias as they are
         check(
             *(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis),
-            *(extras.groups, extras.strict, extras.renorm),
+            *(extras.groups, extras.strict, extras.renorm, None, added, ending.activation),
         )
         if adjusted.per_channel:
             weight, bias = adjusted.merged(weight, bias)
@@ -180,9 +208,12 @@ def _batch_norm_with(
     y = _batch_norm(
         *(x, None if general else weight, None if general else bias, running_mean, running_var, num_batches_tracked),
         *(training, momentum, eps, axis, fused, extras),
+        None if general else Ending(added, ending.activation),
     )
     y = _shapes.scattered(y, input, axes)
-    return y if adjusted is None or not general else adjusted.applied(y, weight, bias, axes).to(input.dtype)
+    if adjusted is None or not general:
+        return y
+    return reference.activated(adjusted.applied(y, weight, bias, axes), *ending).to(input.dtype)
 
 
 def _batch_norm(
@@ -198,30 +229,34 @@ def _batch_norm(
     axis: int,
     fused: bool | None,
     extras: Extras | None = None,
+    ending: Ending | None = None,
 ) -> Tensor:
     """The operator's arguments and `fused`: what the modules call, once per layer and step, so it must cost little."""
-    if has_torch_function_variadic(input, weight, bias, running_mean, running_var, num_batches_tracked):
+    residual = None if ending is None else ending.residual
+    if has_torch_function_variadic(input, weight, bias, running_mean, running_var, num_batches_tracked, residual):
         return handle_torch_function(
             _batch_norm,
-            (input, weight, bias, running_mean, running_var, num_batches_tracked),
+            (input, weight, bias, running_mean, running_var, num_batches_tracked, residual),
             *(input, weight, bias, running_mean, running_var, num_batches_tracked),
             *(training, momentum, eps, axis, fused, extras),
+            ending,
         )
     obstacle = "" if fused is False else _obstacle(input)
     if fused and obstacle is not None:
         raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")
-    if extras is None and not (training and updates.interfere()):
+    if extras is None and ending is None and not (training and updates.interfere()):
         forward = reference.batch_norm if obstacle is not None else _operators.batch_norm
         return forward(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
         )
-    extras = extras or Extras()
+    extras, ending = extras or Extras(), ending or Ending()
 
     def run(statistics: Tensor | None, renorm: Renorm | None) -> Tensor:
         plain = (input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
         if obstacle is not None:
-            return reference.batch_norm(*plain, *extras[:3], renorm, statistics)
-        return _operators.batch_norm(*plain, *extras[:3], *(renorm or _NO_RENORM), statistics)  # type: ignore[no-any-return]
+            return reference.batch_norm(*plain, *extras[:3], renorm, statistics, *ending)
+        more = (*extras[:3], *(renorm or _NO_RENORM), statistics, *ending)
+        return _operators.batch_norm(*plain, *more)  # type: ignore[no-any-return]
 
     stateless = running_mean is None and num_batches_tracked is None and extras.renorm is None
     if not training or stateless or not (extras.frozen or updates.interfere(extras.renorm)):
@@ -246,6 +281,16 @@ def _batch_norm(
 
 
 _NO_RENORM = (None, None, None, None, 0.01, None, None, None)
+
+
+def check_activation(activation: object) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
+
+
+def check_residual_type(residual: object) -> None:
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"batch_norm: residual must be a Tensor or None, got {type(residual).__name__}")
 
 
 def check_virtual_batch_size(size: object) -> None:

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from ._checks import Renorm
 from ._shapes import adjustment_of, groups_of
 from .functional import (
+    Ending,
     Extras,
     _batch_norm,
     _batch_norm_with,
     _check_fused,
+    check_activation,
     check_renorm_momentum,
+    check_residual_type,
     check_virtual_batch_size,
 )
 from .schedules import check_clipping, clipping_at
@@ -49,6 +52,8 @@ _ARGUMENTS = """
             those of group i % G; for large batches. Default: None.
         adjustment: called in training with the input's size, returns the (scale, bias) that act before weight and bias:
             one value per channel, or what broadcasts against the input. Default: None.
+        activation: "relu" at the end, in the same pass: layer(x) is relu(bn(x)), and layer(x, residual) is
+            relu(bn(x) + residual). Default: None, none; the residual is added all the same.
         fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
             they can serve.
 
@@ -83,6 +88,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     renorm_momentum: float = 0.01
     virtual_batch_size: int | None = None
     adjustment: Callable[[torch.Size], Any] | None = None
+    activation: str | None = None
     fused: bool | None = None
 
     renorm_mean: Tensor
@@ -108,6 +114,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         renorm_momentum: float = 0.01,
         virtual_batch_size: int | None = None,
         adjustment: Callable[[torch.Size], Any] | None = None,
+        activation: str | None = None,
         fused: bool | None = None,
     ) -> None:
         index = self._checked_axis(axis)
@@ -120,6 +127,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "fused": fused,
         }
         check_options(options, track_running_stats)
+        check_activation(activation)
         affine = bool(affine and (scale or bias))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         # torch before 2.13 has no `bias` keyword, and none has `scale`.
@@ -128,6 +136,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if not bias:
             self.register_parameter("bias", None)
         self.axis = index
+        self.activation = activation
         self._set_options(options)
 
     def _set_options(self, options: Mapping[str, Any]) -> None:
@@ -169,9 +178,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not isinstance(input, Tensor):
-            return self._in_graph_of(input)
+            return self._in_graph_of(input, residual)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         try:  # what self.weight and the like find, at a tenth of the time of nn.Module.__getattr__
             parameters, buffers = self._parameters, self._buffers
@@ -190,6 +199,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         if weight is None and bias is None and running_mean is None:
             self._check_num_features(input)
+        ending = None
+        if residual is not None or self.activation is not None:
+            check_residual_type(residual)
+            ending = Ending(residual, self.activation)
         extras = None
         if training and (self.renorm or self.virtual_batch_size is not None or self.adjustment is not None):
             groups = groups_of(input, self.axis, self.virtual_batch_size)
@@ -199,6 +212,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                     *(input, weight, bias, running_mean, running_var, num_batches_tracked, training),
                     *(self.momentum, self.eps, self.axis, self.fused, extras),
                     adjustment_of(self.adjustment, input, self.axis),
+                    ending,
                 )
         return _batch_norm(
             input,
@@ -213,6 +227,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.axis,
             self.fused,
             extras,
+            ending,
         )
 
     def _renorm_state(self) -> Renorm:
@@ -246,13 +261,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         settle_renorm(self, state_dict, prefix, missing_keys, unexpected_keys)
 
-    def _in_graph_of(self, proxy: object) -> Any:
+    def _in_graph_of(self, proxy: object, residual: object) -> Any:
         """The node of this layer in a graph that torch.fx records. As for torch's own layers it stands for the module,
         so that train() and eval() of the graph still reach it; torch.fx has that only for classes of torch.nn."""
         if not isinstance(proxy, torch.fx.Proxy):
             raise TypeError(f"{type(self).__name__}: input must be a Tensor, got {type(proxy).__name__}")
         tracer: Any = proxy.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (proxy,), {})
+        arguments = (proxy,) if residual is None else (proxy, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
 
     def _check_num_features(self, input: Tensor) -> None:
         """For a layer without any tensor whose length would tell."""
@@ -273,7 +289,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             text += ", scale=False"
         if self.axis != 1:
             text += f", axis={self.axis}"
-        for name in OPTIONS:
+        for name in ("activation", *OPTIONS):
             if getattr(self, name) != getattr(_BatchNorm, name):
                 text += f", {name}={getattr(self, name)!r}"
         return text

@@ -29,11 +29,13 @@ def batch_norm(
     strict: bool = True,
     renorm: Renorm | None = None,
     statistics: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Normalises each channel of the input; the compiled operator's arguments, meaning, checks and errors.
 
-    y = ((x - mean) / sqrt(var + eps) * r + d) * weight + bias, with the batch's mean and biased variance when
-    `training`, else the running ones; r = 1 and d = 0 unless there is renorm.
+    y = activation(((x - mean) / sqrt(var + eps) * r + d) * weight + bias + residual), with the batch's mean and biased
+    variance when `training`, else the running ones; r = 1 and d = 0 unless there is renorm.
 
     Args:
         input: float32, float64, float16 or bfloat16, any rank from 1, any strides. float64 is computed in float64, the
@@ -55,6 +57,8 @@ def batch_norm(
         renorm: the averages of Batch Renormalization, which training uses and updates.
         statistics: float64 [2, C] or None. Receives what would enter the running statistics, which then stay as they
             are: :func:`update_statistics` enters it later.
+        residual: of the input's shape, any of the four dtypes, or None.
+        activation: "relu", or None for none.
 
     Returns:
         y, with the input's shape and dtype, contiguous or channels_last as the input suggests.
@@ -64,7 +68,7 @@ def batch_norm(
     """
     axis = check(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis, groups,
-        strict, renorm, statistics,
+        strict, renorm, statistics, residual, activation,
     )  # fmt: skip
     shape = [1] * input.dim()
     shape[axis] = input.size(axis)
@@ -98,7 +102,14 @@ def batch_norm(
         if bias is not None:
             y = y + bias.to(x.dtype).reshape(shape)
         results.append(y)
-    return _laid_out_like(_interleaved(results).to(input.dtype), input)
+    return _laid_out_like(activated(_interleaved(results), residual, activation).to(input.dtype), input)
+
+
+def activated(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """What comes last: activation(y + residual), in y's dtype."""
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    return y if activation is None else torch.relu(y)
 
 
 def update_statistics(

@@ -66,16 +66,21 @@ def revert(model: Model) -> Model:
         its averages, ghost batches, adjustment) is dropped.
 
     Raises:
-        ValueError if a layer has an axis other than 1, which nn.BatchNorm cannot have; no layer is exchanged then.
+        ValueError if a layer has an axis other than 1 or an activation, which nn.BatchNorm cannot have; no layer is
+        exchanged then.
     """
     ours = {name: layer for name, layer in model.named_modules() if _class(layer) in _TORCHS}
     for name, layer in ours.items():
         if any(layer.axis % rank != 1 for rank in layer._ranks):
             raise ValueError(f"revert: axis must be 1 for nn.BatchNorm, got {layer.axis} in {name or 'the model'!r}")
+        if layer.activation is not None:
+            raise ValueError(
+                f"revert: activation must be None for nn.BatchNorm, got {layer.activation!r} in {name or 'the model'!r}"
+            )
     for layer in ours.values():
         layer._set_options({"renorm": False})
         _change_class(layer, _TORCHS[_class(layer)])
-        for option in ("axis", *modules.OPTIONS):
+        for option in ("axis", "activation", *modules.OPTIONS):
             vars(layer).pop(option, None)
     return model
 

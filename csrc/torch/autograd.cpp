@@ -21,7 +21,8 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Name = std::optional<std::string_view>;  // of an activation
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
@@ -29,11 +30,12 @@ using torch::autograd::variable_list;
 using Forward = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, int64_t, int64_t, bool,
                     bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                    double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&);
+                    double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&,
+                    const OptionalTensor&, Name);
 using Inference = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, double, int64_t, bool);
-using Backward = Three(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
-                       int64_t, bool);
+                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name);
+using Backward = Four(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
+                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool);
 
 template <class Signature>
 auto find(const char* name) {
@@ -61,23 +63,38 @@ struct Constants {
   bool training;
   double eps;
   int64_t axis, groups;
-  bool flag;  // of BatchNorm: has a bias; of BatchNormBackward: needs the input's gradient
+  bool relu;
+  bool first, second;  // of BatchNorm: has a bias, has a residual; of BatchNormBackward: needs dx, needs the residual's
 
-  c10::IValue pack() const { return c10::ivalue::Tuple::create(training, eps, axis, groups, flag); }
+  Name activation() const { return relu ? Name("relu") : std::nullopt; }
+
+  /// NB: a tiny layer's backward notices every element of the tuple.
+  c10::IValue pack() const {
+    const int64_t flags = training | relu << 1 | first << 2 | second << 3;
+    return c10::ivalue::Tuple::create(flags, eps, axis, groups);
+  }
   static Constants unpack(const c10::IValue& packed) {
     const auto tuple = packed.toTuple();
     const auto& v = tuple->elements();
-    return {v[0].toBool(), v[1].toDouble(), v[2].toInt(), v[3].toInt(), v[4].toBool()};
+    const int64_t flags = v[0].toInt();
+    const auto flag = [=](int place) { return bool(flags >> place & 1); };
+    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), flag(1), flag(2), flag(3)};
   }
 };
 
-/// The gradients as differentiable operations on (grad_output, input, weight): what the kernels compute, so that
-/// autograd finds its derivatives. In training the statistics depend on the input and are computed anew. r and d of
-/// renorm are constants.
+/// What the activation's derivative needs: nothing without one.
+struct Shifts {
+  Tensor bias, residual;
+};
+
+/// The gradients of input, weight, bias and residual as differentiable operations on (grad_output, input, weight): what
+/// the kernels compute, so that autograd finds its derivatives. In training the statistics depend on the input and are
+/// computed anew. r and d of renorm are constants, and so is where relu lets a gradient through.
 class DifferentiableGradients {
  public:
-  DifferentiableGradients(const Tensor& input, const Tensor& weight, const Tensor& saved, const Constants& call)
-      : call_(call), saved_(saved), input_type_(input.scalar_type()),
+  DifferentiableGradients(const Tensor& input, const Tensor& weight, const Tensor& saved, const Shifts& shifts,
+                          const Constants& call)
+      : call_(call), saved_(saved), residual_(shifts.residual), input_type_(input.scalar_type()),
         type_(input_type_ == at::kDouble ? at::kDouble : at::kFloat), axis_(call.axis < 0 ? call.axis + input.dim() : call.axis),
         shape_(input.dim(), 1) {
     shape_[axis_] = input.size(axis_);
@@ -86,35 +103,42 @@ class DifferentiableGradients {
     if (saved.size(0) > 2 * call.groups) r_ = row(2 * call.groups), d_ = row(2 * call.groups + 1);
     factor_ = weight.defined() ? weight.to(type_).view(shape_) : Tensor();
     if (r_.defined()) factor_ = factor_.defined() ? factor_ * r_ : r_;
+    if (!call.relu) return;
+    if (shifts.bias.defined()) shift_ = shifts.bias.detach().to(type_).view(shape_);
+    if (!d_.defined()) return;
+    const Tensor moved = weight.defined() ? d_ * weight.detach().to(type_).view(shape_) : d_;
+    shift_ = shift_.defined() ? shift_ + moved : moved;
   }
 
   variable_list operator()(const Tensor& grad_output, const Tensor& input) const {
-    if (call_.groups == 1) return of_group(grad_output, input, 0);
+    if (call_.groups == 1) return of_group(grad_output, input, residual_, 0);
     // Example i is the i / groups-th of group i % groups.
     const int64_t examples = input.size(0);
     std::vector<int64_t> places(examples);
-    std::vector<Tensor> dx;
+    std::vector<Tensor> dx, dresidual;
     Tensor dweight, dbias;
     int64_t before = 0;
     for (int64_t group = 0; group < call_.groups; ++group) {
-      const auto part = [&](const Tensor& t) { return t.slice(0, group, examples, call_.groups); };
-      const variable_list found = of_group(part(grad_output), part(input), group);
+      const auto part = [&](const Tensor& t) { return t.defined() ? t.slice(0, group, examples, call_.groups) : t; };
+      const variable_list found = of_group(part(grad_output), part(input), part(residual_), group);
       dx.push_back(found[0]);
+      dresidual.push_back(found[3]);
       dweight = dweight.defined() ? dweight + found[1] : found[1];
       dbias = dbias.defined() ? dbias + found[2] : found[2];
       for (int64_t i = group; i < examples; i += call_.groups) places[i] = before++;
     }
     const Tensor order = at::empty({examples}, input.options().dtype(at::kLong).memory_format(std::nullopt));
     for (int64_t i = 0; i < examples; ++i) order[i].fill_(places[i]);
-    return {at::cat(dx, 0).index_select(0, order), dweight, dbias};
+    const auto whole = [&](const std::vector<Tensor>& parts) { return at::cat(parts, 0).index_select(0, order); };
+    return {whole(dx), dweight, dbias, whole(dresidual)};
   }
 
  private:
   Tensor row(int64_t i) const { return saved_.select(0, i).to(type_).view(shape_); }
 
-  variable_list of_group(const Tensor& grad_output, const Tensor& input, int64_t group) const {
-    const Tensor x = input.to(type_), dy = grad_output.to(type_);
-    Tensor deviation, scale;
+  variable_list of_group(const Tensor& grad_output, const Tensor& input, const Tensor& residual, int64_t group) const {
+    const Tensor x = input.to(type_);
+    Tensor dy = grad_output.to(type_), deviation, scale;
     if (call_.training) {
       const auto [var, center] = at::var_mean(x, others_, /*correction=*/0, /*keepdim=*/true);
       deviation = x - center;
@@ -123,33 +147,46 @@ class DifferentiableGradients {
       deviation = (x.to(at::kDouble) - saved_.select(0, group).view(shape_)).to(type_);
       scale = row(call_.groups + group);
     }
-    const Tensor xhat = deviation * scale, dxhat = factor_.defined() ? dy * factor_ : dy;
+    const Tensor xhat = deviation * scale;
+    if (call_.relu) {
+      Tensor z = xhat.detach();
+      if (factor_.defined()) z = z * factor_.detach();
+      if (shift_.defined()) z = z + shift_;
+      if (residual.defined()) z = z + residual.detach().to(type_);
+      dy = dy.masked_fill(z <= 0, 0);
+    }
+    const Tensor dxhat = factor_.defined() ? dy * factor_ : dy;
     Tensor dx = dxhat * scale;
     if (call_.training) dx = scale * (dxhat - dxhat.mean(others_, true) - xhat * (dxhat * xhat).mean(others_, true));
-    const Tensor z = r_.defined() ? xhat * r_ + d_ : xhat;
-    return {dx.to(input_type_), (dy * z).sum(others_), dy.sum(others_)};
+    const Tensor corrected = r_.defined() ? xhat * r_ + d_ : xhat;
+    return {dx.to(input_type_), (dy * corrected).sum(others_), dy.sum(others_), dy.to(input_type_)};
   }
 
   const Constants& call_;
   const Tensor& saved_;
+  const Tensor& residual_;
   at::ScalarType input_type_, type_;
   int64_t axis_;
   std::vector<int64_t> shape_, others_;
-  Tensor r_, d_, factor_;
+  Tensor r_, d_, factor_, shift_;
 };
 
 /// _batch_norm_backward as a differentiable function.
 class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
-                               const OptionalTensor& weight, const Tensor& saved, const Constants& call) {
+                               const OptionalTensor& weight, const Tensor& saved, const OptionalTensor& bias,
+                               const OptionalTensor& residual, const Constants& call) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({grad_output, input, plain(weight), saved});
+    ctx->save_for_backward({grad_output, input, plain(weight), saved, plain(bias), plain(residual)});
     ctx->saved_data["call"] = call.pack();
     ctx->set_materialize_grads(false);
-    const auto [dx, dweight, dbias] = backward_op().call(grad_output, input, weight, saved, call.training, call.eps,
-                                                         call.axis, call.groups, call.flag);
-    return {dx, dweight, dbias};
+    const auto [dx, dweight, dbias, dresidual] =
+        backward_op().call(grad_output, input, weight, saved, call.training, call.eps, call.axis, call.groups,
+                           call.first, bias, residual, call.activation(), call.second);
+    // NB: the outputs of a Function must be there.
+    const auto there = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+    return {there(dx), dweight, dbias, there(dresidual)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -162,9 +199,11 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
     };
     const Tensor dy = start(saved[0]), x = start(saved[1]), weight = start(saved[2]);
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
-    variable_list gradients = DifferentiableGradients(x, weight, saved[3], call)(dy, x);
-    if (!call.flag) gradients[0] = Tensor();
-    variable_list outputs, output_grads, inputs, result(5);
+    const Shifts shifts{saved[4], saved[5]};
+    variable_list gradients = DifferentiableGradients(x, weight, saved[3], shifts, call)(dy, x);
+    if (!call.first) gradients[0] = Tensor();
+    if (!call.second) gradients[3] = Tensor();
+    variable_list outputs, output_grads, inputs, result(7);
     std::vector<size_t> places;
     for (size_t i = 0; i < gradients.size(); ++i)
       if (gradients[i].defined() && gradients[i].requires_grad() && grads[i].defined()) {
@@ -184,15 +223,17 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
   }
 };
 
-Three backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
-               bool training, double eps, int64_t axis, int64_t groups, bool needs_input_grad) {
+Four backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
+              bool training, double eps, int64_t axis, int64_t groups, bool needs_input_grad,
+              const OptionalTensor& bias, const OptionalTensor& residual, Name activation, bool needs_residual_grad) {
   if (at::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad() || needs_grad(weight))) {
-    const auto result = BatchNormBackward::apply(grad_output, input, weight, saved,
-                                                 Constants{training, eps, axis, groups, needs_input_grad});
-    return {result[0], result[1], result[2]};
+    const Constants call{training, eps, axis, groups, activation.has_value(), needs_input_grad, needs_residual_grad};
+    const auto result = BatchNormBackward::apply(grad_output, input, weight, saved, bias, residual, call);
+    return {result[0], result[1], result[2], result[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return backward_op().call(grad_output, input, weight, saved, training, eps, axis, groups, needs_input_grad);
+  return backward_op().call(grad_output, input, weight, saved, training, eps, axis, groups, needs_input_grad, bias,
+                            residual, activation, needs_residual_grad);
 }
 
 /// The arguments of batch_norm that have no derivative. As one, they cost autograd one.
@@ -207,38 +248,48 @@ struct Call {
   double renorm_momentum;
   std::optional<double> rmin, rmax, dmax;
   const OptionalTensor& statistics;
+  Name activation;
 
-  Two forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) const {
+  Two forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& residual) const {
     return forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, axis,
                              groups, unbiased, strict, renorm_mean, renorm_stddev, renorm_mean_weight,
-                             renorm_stddev_weight, renorm_momentum, rmin, rmax, dmax, statistics);
+                             renorm_stddev_weight, renorm_momentum, rmin, rmax, dmax, statistics, residual,
+                             activation);
   }
-  Tensor inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) const {
-    return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict);
+  Tensor inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual) const {
+    return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict, residual, activation);
   }
   /// Below autograd, and where nothing needs a gradient.
-  Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) const {
-    return training ? std::get<0>(forward(input, weight, bias)) : inference(input, weight, bias);
+  Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual) const {
+    return training ? std::get<0>(forward(input, weight, bias, residual)) : inference(input, weight, bias, residual);
   }
 };
 
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const Call& call) {
+                        const OptionalTensor& bias, const OptionalTensor& residual, const Call& call) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     Tensor output, saved;
     if (call.training) {
-      std::tie(output, saved) = call.forward(input, weight, bias);
+      std::tie(output, saved) = call.forward(input, weight, bias, residual);
     } else {
       // The buffers may change before backward (another forward, a broadcast by DDP): it gets copies.
-      output = call.inference(input, weight, bias);
+      output = call.inference(input, weight, bias, residual);
       const Tensor mean = call.running_mean->to(at::kDouble).view(-1), var = call.running_var->to(at::kDouble).view(-1);
       saved = at::stack({mean, at::rsqrt(var + call.eps)});
     }
-    ctx->save_for_backward({input, plain(weight), saved});
-    ctx->saved_data["call"] =
-        Constants{call.training, call.eps, call.axis, call.training ? call.groups : 1, bias.has_value()}.pack();
+    const bool relu = call.activation.has_value();
+    if (relu)
+      ctx->save_for_backward({input, plain(weight), saved, plain(bias), plain(residual)});
+    else
+      ctx->save_for_backward({input, plain(weight), saved});
+    ctx->saved_data["call"] = Constants{call.training, call.eps, call.axis, call.training ? call.groups : 1, relu,
+                                        bias.has_value(), residual.has_value()}.pack();
+    if (residual) ctx->saved_data["residual"] = residual->scalar_type();
     const auto usual = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (bias && (bias->dim() != 1 || bias->scalar_type() != usual))
       ctx->saved_data["bias"] = c10::ivalue::Tuple::create(bias->scalar_type(), bias->sizes().vec());
@@ -249,16 +300,25 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const auto saved = ctx->get_saved_variables();
     const Tensor& weight = saved[1];
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
+    const bool has_bias = call.first, has_residual = call.second;
     const bool needs_input_grad = ctx->needs_input_grad(0);
-    const auto [dx, dweight, dbias] = torch_bn::backward(grads[0], saved[0], optional(weight), saved[2], call.training,
-                                                         call.eps, call.axis, call.groups, needs_input_grad);
-    variable_list result(4);
+    // NB: counts the tensors that there are.
+    const bool needs_residual_grad = has_residual && ctx->needs_input_grad(1 + weight.defined() + has_bias);
+    const auto [dx, dweight, dbias, dresidual] = torch_bn::backward(
+        grads[0], saved[0], optional(weight), saved[2], call.training, call.eps, call.axis, call.groups,
+        needs_input_grad, call.relu ? optional(saved[3]) : std::nullopt, call.relu ? optional(saved[4]) : std::nullopt,
+        call.activation(), call.relu && needs_residual_grad);
+    variable_list result(5);
     if (needs_input_grad) result[0] = dx;
     if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());
-    if (call.flag) result[2] = dbias;
-    if (ctx->saved_data.size() > 1) {
-      const auto kind = ctx->saved_data["bias"].toTuple();
+    if (has_bias) result[2] = dbias;
+    if (const auto found = ctx->saved_data.find("bias"); found != ctx->saved_data.end()) {
+      const auto kind = found->second.toTuple();
       result[2] = like(dbias, kind->elements()[0].toScalarType(), kind->elements()[1].toIntVector());
+    }
+    if (needs_residual_grad) {  // without an activation dz is dy
+      const Tensor& dz = call.relu ? dresidual : grads[0];
+      result[3] = like(dz, ctx->saved_data["residual"].toScalarType(), dz.sizes());
     }
     return result;
   }
@@ -266,7 +326,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
  private:
   static Tensor like(const Tensor& gradient, at::ScalarType type, at::IntArrayRef sizes) {
     const Tensor cast = gradient.scalar_type() == type ? gradient : gradient.to(type);
-    return sizes.size() == 1 ? cast : cast.view(sizes);
+    return sizes == cast.sizes() ? cast : cast.view(sizes);
   }
 };
 
@@ -276,14 +336,15 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   int64_t axis, int64_t groups, bool unbiased, bool strict, const OptionalTensor& renorm_mean,
                   const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
                   const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
-                  std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics) {
+                  std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
+                  const OptionalTensor& residual, Name activation) {
   const Call call{running_mean, running_var, num_batches_tracked, training, momentum, eps, axis, groups, unbiased,
                   strict, renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight, renorm_momentum, rmin,
-                  rmax, dmax, statistics};
-  if (at::GradMode::is_enabled() && (input.requires_grad() || needs_grad(weight) || needs_grad(bias)))
-    return BatchNorm::apply(input, weight, bias, call);
+                  rmax, dmax, statistics, activation};
+  const bool gradient = input.requires_grad() || needs_grad(weight) || needs_grad(bias) || needs_grad(residual);
+  if (at::GradMode::is_enabled() && gradient) return BatchNorm::apply(input, weight, bias, residual, call);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return call.without_gradient(input, weight, bias);
+  return call.without_gradient(input, weight, bias, residual);
 }
 
 }  // namespace

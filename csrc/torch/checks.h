@@ -9,6 +9,9 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <string_view>
+
+#include "../kernels.h"
 
 namespace torch_bn {
 
@@ -28,6 +31,7 @@ struct Arguments {
   double eps;
   int64_t axis;
   bool strict;
+  const OptionalTensor& residual;
 };
 
 /// What only training has beside them.
@@ -161,6 +165,19 @@ inline void check_strictly(const Arguments& a, int64_t axis, int64_t groups) {
   TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", python_float(a.eps));
 }
 
+inline void check_residual(const OptionalTensor& residual, const at::Tensor& input) {
+  if (!residual) return;
+  TORCH_CHECK_VALUE(residual->sizes() == input.sizes(), "batch_norm: residual must have the input's shape ",
+                    input.sizes(), ", got ", residual->sizes());
+  check_kind(residual, "residual", input);
+}
+
+inline Activation activation_of(std::optional<std::string_view> name) {
+  if (!name) return Activation::none;
+  TORCH_CHECK_VALUE(*name == "relu", "batch_norm: activation must be None or 'relu', got '", *name, "'");
+  return Activation::relu;
+}
+
 /// Throws for bad arguments, before anything is changed; otherwise returns the axis counted from 0.
 inline int64_t check(const Arguments& a, const TrainingArguments* t = nullptr) {
   const at::Tensor& input = a.input;
@@ -190,6 +207,7 @@ inline int64_t check(const Arguments& a, const TrainingArguments* t = nullptr) {
     check_renorm(t->renorm, t->renorm_momentum, input, channels);
     check_statistics(t->statistics, input, channels);
   }
+  check_residual(a.residual, input);
   return axis;
 }
 
@@ -211,13 +229,17 @@ inline void check_update(const at::Tensor& statistics, const OptionalTensor& run
 
 /// The same for the backward operator, whose other arguments come from the forward one.
 inline int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                              const at::Tensor& saved, int64_t axis, int64_t groups) {
+                              const at::Tensor& saved, int64_t axis, int64_t groups, const OptionalTensor& bias,
+                              const OptionalTensor& residual) {
   axis = check_axis(input, axis);
   check_groups(input, axis, groups);
   check_dtype(input);
   const int64_t channels = input.size(axis);
   check_length(weight, "weight", channels);
   check_kind(weight, "weight", input);
+  check_length(bias, "bias", channels);
+  check_kind(bias, "bias", input);
+  check_residual(residual, input);
   TORCH_CHECK(is_float(grad_output) && grad_output.sizes() == input.sizes(),
               "batch_norm: grad_output must be floating point with the input's shape ", input.sizes(), ", got ",
               grad_output.scalar_type(), " with ", grad_output.sizes());

@@ -108,6 +108,21 @@ at::ScalarType parameter_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+/// The residual, laid out for the kernels, or none.
+class Residual {
+ public:
+  Residual(const OptionalTensor& tensor, const Layout& layout, at::ScalarType type) {
+    if (!tensor) return;
+    values_ = as_type(*tensor, type);
+    strides = layout.fit(values_);
+  }
+  const void* data() const { return values_.defined() ? values_.const_data_ptr() : nullptr; }
+  Strides strides = {};
+
+ private:
+  at::Tensor values_;
+};
+
 /// Running of the kernels, with the copies that some buffers need.
 class RunningBuffers {
  public:
@@ -150,11 +165,14 @@ std::tuple<at::Tensor, at::Tensor> forward(
     std::optional<double> momentum, double eps, int64_t axis, int64_t groups, bool unbiased, bool strict,
     const OptionalTensor& renorm_mean, const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
     const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
-    std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics) {
+    std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
+    const OptionalTensor& residual, std::optional<std::string_view> activation) {
   const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
   const TrainingArguments more{groups, renorm, renorm_momentum, statistics};
-  axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict},
+  axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict,
+                residual},
                &more);
+  const Activation act = activation_of(activation);
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
@@ -174,6 +192,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   const Strides x_strides = layout.fit(x);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type);
+  const Residual added(residual, layout, input.scalar_type());
   RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
   const c10::Device device = input.device();
   const Backend& backend = backend_of(device);
@@ -182,8 +201,11 @@ std::tuple<at::Tensor, at::Tensor> forward(
   double* const rows = saved.mutable_data_ptr<double>();
   backend.forward({.dtype = dtype,
                    .extent = extent,
+                   .activation = act,
                    .x = x.const_data_ptr(),
                    .x_strides = x_strides,
+                   .residual = added.data(),
+                   .residual_strides = added.strides,
                    .y = output.mutable_data_ptr(),
                    .y_strides = *layout.strides(output),
                    .weight = gamma.data(),
@@ -222,8 +244,9 @@ void update_statistics(const at::Tensor& statistics, const OptionalTensor& runni
 
 at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis,
-                     bool strict) {
-  axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict});
+                     bool strict, const OptionalTensor& residual, std::optional<std::string_view> activation) {
+  axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict, residual});
+  const Activation act = activation_of(activation);
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
   at::Tensor output = layout.empty(input);
@@ -232,14 +255,18 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
   const Strides x_strides = layout.fit(x);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type), mean(running_mean, type), var(running_var, type);
+  const Residual added(residual, layout, input.scalar_type());
   const c10::Device device = input.device();
   const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
   Workspace workspace(backend.workspace(dtype, extent, device), input);
   backend.inference({.dtype = dtype,
                      .extent = extent,
+                     .activation = act,
                      .x = x.const_data_ptr(),
                      .x_strides = x_strides,
+                     .residual = added.data(),
+                     .residual_strides = added.strides,
                      .y = output.mutable_data_ptr(),
                      .y_strides = *layout.strides(output),
                      .weight = gamma.data(),
@@ -252,21 +279,24 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                        const OptionalTensor& weight, const at::Tensor& saved,
-                                                        bool training, double /*eps*/, int64_t axis, int64_t groups,
-                                                        bool needs_input_grad) {
-  axis = check_backward(grad_output, input, weight, saved, axis, groups);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& saved,
+    bool training, double /*eps*/, int64_t axis, int64_t groups, bool needs_input_grad, const OptionalTensor& bias,
+    const OptionalTensor& residual, std::optional<std::string_view> activation, bool needs_residual_grad) {
+  axis = check_backward(grad_output, input, weight, saved, axis, groups, bias, residual);
+  const Activation act = activation_of(activation);
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const int64_t channels = extent.channels;
   const auto type = parameter_type(input);
-  at::Tensor grad_input = needs_input_grad ? layout.empty(input) : make_empty({0}, input, input.scalar_type());
+  at::Tensor grad_input = needs_input_grad ? layout.empty(input) : at::Tensor();
+  at::Tensor grad_residual = needs_residual_grad ? layout.empty(input) : at::Tensor();
   at::Tensor grad_weight = make_empty({channels}, input, type), grad_bias = make_empty({channels}, input, type);
-  if (input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_()};
+  if (input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_(), grad_residual};
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
   const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
-  const Parameter gamma(weight, type);
+  const Parameter gamma(weight, type), beta(bias, type);
+  const Residual added(residual, layout, input.scalar_type());
   const c10::Device device = input.device();
   const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
@@ -274,23 +304,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   const double* const rows = saved.const_data_ptr<double>();
   backend.backward({.dtype = dtype,
                     .extent = extent,
+                    .activation = act,
                     .training = training,
                     .dy = dy.const_data_ptr(),
                     .dy_strides = dy_strides,
                     .x = x.const_data_ptr(),
                     .x_strides = x_strides,
+                    .residual = added.data(),
+                    .residual_strides = added.strides,
                     .weight = gamma.data(),
-                    .bias = nullptr,
+                    .bias = beta.data(),
                     .mean = rows,
                     .invstd = rows + groups * channels,
                     .correction = saved.size(0) > 2 * groups ? rows + 2 * groups * channels : nullptr,
                     .dx = needs_input_grad ? grad_input.mutable_data_ptr() : nullptr,
                     .dx_strides = needs_input_grad ? *layout.strides(grad_input) : Strides{},
+                    .dresidual = needs_residual_grad ? grad_residual.mutable_data_ptr() : nullptr,
+                    .dresidual_strides = needs_residual_grad ? *layout.strides(grad_residual) : Strides{},
                     .dweight = grad_weight.mutable_data_ptr(),
                     .dbias = grad_bias.mutable_data_ptr(),
                     .workspace = workspace.data()},
                    device);
-  return {grad_input, grad_weight, grad_bias};
+  return {grad_input, grad_weight, grad_bias, grad_residual};
 }
 
 }  // namespace
@@ -301,13 +336,15 @@ TORCH_LIBRARY(torch_bn, m) {
   // groups: example i is normalised with the others of group i % groups. unbiased: of the variance that enters
   // running_var. strict: refuse what torch refuses, one value per channel and eps that is not positive. renorm_*: the
   // averages of Batch Renormalization, which then corrects what training normalises, within the bounds. statistics:
-  // float64 [2, C]; it receives what would have entered the running statistics, which then stay.
+  // float64 [2, C]; it receives what would have entered the running statistics, which then stay. residual: of the
+  // input's shape, added before the activation, which is None or "relu".
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int axis, int groups=1, "
       "bool unbiased=True, bool strict=True, Tensor(d!)? renorm_mean=None, Tensor(e!)? renorm_stddev=None, "
       "Tensor(f!)? renorm_mean_weight=None, Tensor(g!)? renorm_stddev_weight=None, float renorm_momentum=0.01, "
-      "float? rmin=None, float? rmax=None, float? dmax=None, Tensor(h!)? statistics=None) -> Tensor",
+      "float? rmin=None, float? rmax=None, float? dmax=None, Tensor(h!)? statistics=None, Tensor? residual=None, "
+      "str? activation=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // The two directions of that, below autograd. saved: float64 [2 * groups, C], the means and then the inverse
   // deviations of the groups; with renorm two rows more, the corrections r and d.
@@ -316,17 +353,20 @@ TORCH_LIBRARY(torch_bn, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis, int groups, "
       "bool unbiased, bool strict, Tensor(d!)? renorm_mean, Tensor(e!)? renorm_stddev, "
       "Tensor(f!)? renorm_mean_weight, Tensor(g!)? renorm_stddev_weight, float renorm_momentum, float? rmin, "
-      "float? rmax, float? dmax, Tensor(h!)? statistics) -> (Tensor output, Tensor saved)",
+      "float? rmax, float? dmax, Tensor(h!)? statistics, Tensor? residual, str? activation) -> "
+      "(Tensor output, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-      "float eps, int axis, bool strict) -> Tensor",
+      "float eps, int axis, bool strict, Tensor? residual, str? activation) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // training: saved depends on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
-  // Without needs_input_grad, grad_input is empty.
+  // A gradient that is not needed is None. bias and residual count with an activation.
   m.def(
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, float eps, "
-      "int axis, int groups, bool needs_input_grad) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      "int axis, int groups, bool needs_input_grad, Tensor? bias=None, Tensor? residual=None, str? activation=None, "
+      "bool needs_residual_grad=False) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       {at::Tag::pt2_compliant_tag});
   // Enters what batch_norm has written to `statistics` into the running ones.
   m.def(
