@@ -25,8 +25,8 @@ KERNEL_FOLDERS = ("math", "cpu", "cuda")
 # What each module of the package may import from the package. All may import torch and the standard library.
 MAY_IMPORT = {
     "__init__": {
-        *("_operators", "constraints", "functional", "layers", "modules", "regularizers", "schedules", "surgery"),
-        "updates",
+        *("_operators", "constraints", "functional", "fusion", "layers", "modules", "regularizers", "schedules"),
+        *("surgery", "updates"),
     },
     "__main__": {"build_info"},
     "_build": set(),
@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "modules": {"_checks", "_shapes", "functional", "schedules"},
     "layers": {"_checks", "_shapes", "_store", "functional", "modules", "regularizers", "schedules"},
     "surgery": {"modules"},
+    "fusion": {"surgery"},
 }
 WITHOUT_TORCH = {"_build"}
 

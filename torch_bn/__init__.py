@@ -3,6 +3,7 @@
 from . import constraints, functional, layers, regularizers, schedules
 from ._operators import build_info, load
 from .constraints import apply_constraints, attach_constraints
+from .fusion import fuse
 from .layers import BatchNormalization
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .regularizers import regularization_losses
@@ -24,6 +25,7 @@ __all__ = [
     "convert",
     "deferred_updates",
     "functional",
+    "fuse",
     "layers",
     "load",
     "regularization_losses",

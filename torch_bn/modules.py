@@ -53,7 +53,8 @@ _ARGUMENTS = """
         adjustment: called in training with the input's size, returns the (scale, bias) that act before weight and bias:
             one value per channel, or what broadcasts against the input. Default: None.
         activation: "relu" at the end, in the same pass: layer(x) is relu(bn(x)), and layer(x, residual) is
-            relu(bn(x) + residual). Default: None, none; the residual is added all the same.
+            relu(bn(x) + residual). Default: None, none; the residual is added all the same. The forward takes one for
+            the call, too: layer(x, residual, "relu").
         fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
             they can serve.
 
@@ -178,9 +179,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         if not isinstance(input, Tensor):
-            return self._in_graph_of(input, residual)
+            return self._in_graph_of(input, residual, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         try:  # what self.weight and the like find, at a tenth of the time of nn.Module.__getattr__
             parameters, buffers = self._parameters, self._buffers
@@ -200,9 +201,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if weight is None and bias is None and running_mean is None:
             self._check_num_features(input)
         ending = None
-        if residual is not None or self.activation is not None:
+        if activation is None:
+            activation = self.activation
+        if residual is not None or activation is not None:
             check_residual_type(residual)
-            ending = Ending(residual, self.activation)
+            check_activation(activation)
+            ending = Ending(residual, activation)
         extras = None
         if training and (self.renorm or self.virtual_batch_size is not None or self.adjustment is not None):
             groups = groups_of(input, self.axis, self.virtual_batch_size)
@@ -261,13 +265,13 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         )
         settle_renorm(self, state_dict, prefix, missing_keys, unexpected_keys)
 
-    def _in_graph_of(self, proxy: object, residual: object) -> Any:
+    def _in_graph_of(self, proxy: object, residual: object, activation: object) -> Any:
         """The node of this layer in a graph that torch.fx records. As for torch's own layers it stands for the module,
         so that train() and eval() of the graph still reach it; torch.fx has that only for classes of torch.nn."""
         if not isinstance(proxy, torch.fx.Proxy):
             raise TypeError(f"{type(self).__name__}: input must be a Tensor, got {type(proxy).__name__}")
         tracer: Any = proxy.tracer
-        arguments = (proxy,) if residual is None else (proxy, residual)
+        arguments = (proxy,) if residual is None and activation is None else (proxy, residual, activation)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, {})
 
     def _check_num_features(self, input: Tensor) -> None:
