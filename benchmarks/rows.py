@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from .cases import Case, dtype_name, shape_name
 from .harness import Quantiles
@@ -12,6 +12,8 @@ from .providers import COPY, OURS, TORCH
 from .traffic import copy_bytes, least_bytes
 
 OPERATION = "batch_norm"
+
+RowType = TypeVar("RowType")
 
 
 @dataclass(frozen=True)
@@ -99,32 +101,33 @@ def _row(case: Case, direction: str, provider: str, setting: Setting, **measured
     )  # fmt: skip
 
 
-class RowFile:
-    """A CSV file of rows; each is on the disk once `write` returns."""
+class RowFile(Generic[RowType]):
+    """A CSV file of rows, which may be any dataclass of numbers and texts; each is on the disk once `write` returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, row_type: type[RowType] = Row) -> None:  # type: ignore[assignment]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(field.name for field in fields(Row))
+        self._writer.writerow(field.name for field in fields(row_type))
         self._file.flush()
 
-    def write(self, rows: Iterable[Row]) -> None:
+    def write(self, rows: Iterable[RowType]) -> None:
         for row in rows:
             self._writer.writerow(map(_text, asdict(row).values()))
         self._file.flush()
 
-    def __enter__(self) -> "RowFile":
+    def __enter__(self) -> "RowFile[RowType]":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, row_type: type[RowType] = Row) -> list[RowType]:  # type: ignore[assignment]
     """The rows of a file that RowFile wrote."""
+    columns = fields(row_type)
     with path.open(newline="") as file:
-        return [Row(**{f.name: _value(f.type, line[f.name]) for f in fields(Row)}) for line in csv.DictReader(file)]
+        return [row_type(**{f.name: _value(f.type, line[f.name]) for f in columns}) for line in csv.DictReader(file)]
 
 
 def _text(value: Any) -> str:
