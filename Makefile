@@ -50,6 +50,7 @@ python-tests: build
 bench: build
 	$(python) -m benchmarks
 	$(python) -m benchmarks.features
+	$(python) -m benchmarks.fused
 
 # On a machine with a GPU, with an environment that has all of requirements-dev.txt that the tests of the kernels need:
 # nothing is installed, as such machines often have no network. make cuda-verify VENV=/path/to/environment
