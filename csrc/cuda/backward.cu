@@ -36,14 +36,16 @@ struct Upstream {
     if constexpr (!kPlain)
       if (p.residual) residual = walk.load(p.residual, p.residual_strides);
   }
-  /// Calls f(e, channel, deviation, dz) for each element. forwarded: the forward's map of the thread's channels.
-  template <class F>
-  __device__ void for_each(const BackwardParams& p, const Affine<T>* forwarded, const F& f) const {
+  /// Calls f(e, channel, deviation, dz) for each element. affines: what has the centers of the thread's channels;
+  /// forwarded: the forward's map of them, there if there is an activation.
+  template <class Centered, class F>
+  __device__ void for_each(const BackwardParams& p, const Centered* affines, const Affine<T>* forwarded,
+                           const F& f) const {
     const auto from = x.elements(), gradient = dy.elements();
 #pragma unroll
     for (int e = 0; e < K::kVector; ++e) {
       const int c = K::kPlanes ? 0 : e;
-      const T deviation = from[e] - forwarded[c].center;
+      const T deviation = from[e] - affines[c].center;
       if constexpr (kPlain) {
         f(e, c, deviation, gradient[e]);
       } else {
@@ -56,7 +58,7 @@ struct Upstream {
   __device__ void store(const BackwardParams& p, const Walk<K>& walk, const Affine<T>* forwarded,
                         const GradientAffine<T> (&gradients)[K::kChannels]) const {
     typename K::Vector::Elements dx, dresidual;
-    for_each(p, forwarded, [&](int e, int c, T deviation, T dz) {
+    for_each(p, gradients, forwarded, [&](int e, int c, T deviation, T dz) {
       dx.set(e, fma(dz, gradients[c].slope, fma(deviation, gradients[c].bend, gradients[c].shift)));
       dresidual.set(e, dz);
     });
@@ -83,7 +85,7 @@ __device__ ThreadSums<K> thread_sums(const BackwardParams& p, Walk<K> walk,
   while (walk.inside()) {
     T dz_sum[K::kChannels] = {}, deviation_sum[K::kChannels] = {};
     read_batches(walk, kChain, Upstream<K, kPlain>{}, p, [&](const Upstream<K, kPlain>& at) {
-      at.for_each(p, forwarded, [&](int, int c, T deviation, T dz) {
+      at.for_each(p, forwarded, forwarded, [&](int, int c, T deviation, T dz) {
         dz_sum[c] += dz;
         deviation_sum[c] = fma(dz, deviation, deviation_sum[c]);
       });
