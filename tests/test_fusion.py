@@ -190,6 +190,7 @@ def test_a_layer_of_two_owners_and_one_with_an_activation_are_left():
     shared = nn.BatchNorm2d(4)
     model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.ReLU()))
     assert torch_bn.fuse(model).left == dict.fromkeys(("0.0", "1.0"), "it is used in several places")
+    assert torch_bn.fuse(nn.Sequential(shared, nn.ReLU(), shared)).left == {"0": "it is used in several places"}
     own = nn.Sequential(torch_bn.BatchNorm2d(4, activation="relu"), nn.ReLU())
     assert torch_bn.fuse(own).left == {"0": "it has an activation of its own"}
     assert torch_bn.fuse(model).fused == {} and torch_bn.fuse(nn.Linear(2, 2)).left == {}

@@ -2,6 +2,7 @@
 
 import importlib
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -55,17 +56,14 @@ def fuse(model: nn.Module) -> FusionReport:
     A sum must be of two tensors of one shape: one that broadcasts raises ValueError in the next forward.
     """
     report = FusionReport()
-    owners: dict[nn.Module, int] = {}
-    for parent in model.modules():
-        for child in parent.children():
-            owners[child] = owners.get(child, 0) + 1
+    places = Counter(child for parent in model.modules() for child in parent._modules.values())
     for prefix, parent in list(model.named_modules()):
         layers: dict[str, nn.Module] = {}
         for name, child in parent.named_children():
             if not _is_batch_norm(child):
                 continue
             name = f"{prefix}.{name}" if prefix else name
-            reason = _unfit(child, owners[child])
+            reason = _unfit(child, places[child])
             if reason is None:
                 layers[name] = child
             else:
@@ -80,9 +78,9 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return surgery._class(module) in surgery._OURS or surgery._class(module) in surgery._TORCHS
 
 
-def _unfit(layer: nn.Module, owners: int) -> str | None:
+def _unfit(layer: nn.Module, places: int) -> str | None:
     """Why a layer is left whatever follows it."""
-    if owners > 1:
+    if places > 1:
         return "it is used in several places"
     if getattr(layer, "activation", None) is not None:
         return "it has an activation of its own"
