@@ -14,10 +14,11 @@ installed := $(VENV)/.torch_bn-installed
 extension := torch_bn/_built_for.txt
 native_tests := tests/test_build.py tests/test_cpp.py
 cuda_checks := tests/test_cuda_sources.py tests/test_cuda_emulation.py
+apart := $(addprefix --ignore=,$(native_tests) $(cuda_checks))
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test lint native-tests cuda-check python-tests bench cuda-verify wheel build clean
+.PHONY: demo test lint native-tests cuda-check python-tests bench cuda-verify cuda-tests cuda-bench wheel build clean
 .DELETE_ON_ERROR:
 
 demo: build
@@ -43,7 +44,7 @@ python-tests: build
 	tables=$$($(python) -c "import torch_bn; print(*torch_bn.build_info()['cpu_tables'])"); test -n "$$tables" || exit 1; \
 	for table in $$tables; do \
 		echo "TORCH_BN_CPU=$$table pytest $$selected"; \
-		TORCH_BN_CPU=$$table $(python) -m pytest -q $(addprefix --ignore=,$(native_tests) $(cuda_checks)) $$selected || exit 1; \
+		TORCH_BN_CPU=$$table $(python) -m pytest -q $(apart) $$selected || exit 1; \
 		selected="-m kernels"; \
 	done
 
@@ -52,15 +53,20 @@ bench: build
 	$(python) -m benchmarks.features
 	$(python) -m benchmarks.fused
 
-# On a machine with a GPU, with an environment that has all of requirements-dev.txt that the tests of the kernels need:
-# nothing is installed, as such machines often have no network. make cuda-verify VENV=/path/to/environment
-cuda-verify:
+# On a machine with a GPU, as one command or in its two parts. Nothing is installed, as such machines often have no
+# network: make cuda-verify VENV=/path/to/environment, with torch and most of requirements-dev.txt in it.
+cuda-verify: cuda-tests cuda-bench
+
+cuda-tests:
 	$(python) setup.py -q build_ext --inplace
 	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests/test_cuda.py -k "not sanitizer"
-	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests -k "cuda and not sanitizer" --ignore=tests/test_cuda.py $(addprefix --ignore=,$(native_tests) $(cuda_checks))
-	TORCH_BN_TEST_DEVICE=cuda $(python) -m pytest -q -m kernels $(addprefix --ignore=,$(native_tests) $(cuda_checks))
-	$(python) -m benchmarks.cuda
+	TORCH_BN_TEST_DEVICE=cuda $(python) -m pytest -q -m kernels $(apart)
+	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q -k "[cuda or -cuda" $(apart) --ignore=tests/test_cuda.py
 	TORCH_BN_REQUIRE_CUDA=1 $(python) -m pytest -q tests/test_cuda.py -k sanitizer
+
+cuda-bench:
+	$(python) setup.py -q build_ext --inplace
+	$(python) -m benchmarks.cuda
 
 wheel: build
 	$(python) -m build --no-isolation
