@@ -3,13 +3,10 @@
 `python -m benchmarks.features` verifies, times and writes results/features.csv and .md; --seconds N for all cases.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from statistics import geometric_mean
 from time import monotonic
 from typing import Any
@@ -19,12 +16,12 @@ from torch import nn
 
 import torch_bn
 
-from . import machine
+from . import machine, study
 from .cases import DIRECTIONS, Case, Tensors, all_cases
 from .harness import measure, rotation
 from .providers import Layer
 from .report import line
-from .rows import Row, RowFile, Setting, read_rows, timed_rows
+from .rows import Row, Setting, timed_rows
 from .verification import GRADIENTS, TOLERANCE, relative_error
 
 PLAIN, COMPOSITE = "torch_bn", "composite renorm"
@@ -136,25 +133,7 @@ the same layer in plain torch operations (`fused=False`).
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.features", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all cases; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=machine.REPOSITORY / machine.RESULTS, help="folder")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(machine.cores())
-    machine.keep_memory()
-    setting = Setting(
-        "cpu", machine.cores(), machine.description(), machine.commit(), date.today().isoformat(), torch.__version__
-    )
-    path = options.output / "features.csv"
-    chosen = cases()
-    end = monotonic() + options.seconds
-    with RowFile(path) as file:
-        for index, case in enumerate(chosen):
-            file.write(measure_case(case, (end - monotonic()) / (len(chosen) - index), setting))
-    rows = read_rows(path)
-    path.with_suffix(".md").write_text(page(rows))
-    print(f"\n{table(rows)}\n\nWritten to {options.output}")
-    return 0
+    return study.run("features", __doc__, arguments, SECONDS, cases(), measure_case, table, page)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,10 @@
 `python -m benchmarks.fused` verifies, times and writes results/fused.csv and .md; --seconds N for all cases.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from pathlib import Path
 from statistics import geometric_mean
 from time import monotonic
 
@@ -19,12 +16,12 @@ from torch import Tensor, nn
 
 import torch_bn
 
-from . import machine
+from . import machine, study
 from .cases import TRAINING, Case, Tensors, all_cases
 from .harness import Contender, measure, rotation
 from .providers import COPY, OURS, TORCH, copy_contender
 from .report import line
-from .rows import Row, RowFile, Setting, read_rows, timed_rows
+from .rows import Row, Setting, timed_rows
 from .traffic import PASSES
 from .verification import TOLERANCE, relative_error
 
@@ -125,7 +122,8 @@ def cases() -> list[Case]:
     return [case for case in all_cases() if case.group == "ResNet-50" and case.shape[1:3] in SHAPES]
 
 
-def measure_case(case: Case, kind: str, seconds: float, setting: Setting) -> list[Row]:
+def measure_case(subject: tuple[Case, str], seconds: float, setting: Setting) -> list[Row]:
+    case, kind = subject
     end = monotonic() + seconds
     residual = case.tensors(seed=7).dy.requires_grad_() if "add" in kind else None
     inputs = Inputs(case.tensors(), residual)
@@ -184,25 +182,8 @@ geometric mean over the shapes, the worst shape in brackets, and the share of th
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fused", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all cases; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=machine.REPOSITORY / machine.RESULTS, help="folder")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(machine.cores())
-    machine.keep_memory()
-    setting = Setting(
-        "cpu", machine.cores(), machine.description(), machine.commit(), date.today().isoformat(), torch.__version__
-    )
-    path = options.output / "fused.csv"
     chosen = [(case, kind) for kind in KINDS for case in cases()]
-    end = monotonic() + options.seconds
-    with RowFile(path) as file:
-        for index, (case, kind) in enumerate(chosen):
-            file.write(measure_case(case, kind, (end - monotonic()) / (len(chosen) - index), setting))
-    rows = read_rows(path)
-    path.with_suffix(".md").write_text(page(rows))
-    print(f"\n{table(rows)}\n\nWritten to {options.output}")
-    return 0
+    return study.run("fused", __doc__, arguments, SECONDS, chosen, measure_case, table, page)
 
 
 if __name__ == "__main__":

@@ -408,6 +408,10 @@ class TestCommand:
         assert re.search(message, capsys.readouterr().err)
 
 
+# So large that a few sets of tensors fill the cache.
+COLD = Case("odd", (64, 64, 17, 16), torch.float32, "channels_last")
+
+
 class TestFeatures:
     """What renorm and ghost batches cost."""
 
@@ -437,7 +441,7 @@ class TestFeatures:
         assert SETTING.commit in features.page(rows)
 
     def test_the_command_writes_rows_and_a_page(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(features, "cases", lambda: [self.CASE])
+        monkeypatch.setattr(features, "cases", lambda: [COLD])
         assert features.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
         rows = read_rows(tmp_path / "features.csv")
         assert len(rows) == len(features.VARIANTS) * len(features.MEASURED)
@@ -475,7 +479,7 @@ class TestFused:
             assert ours.of_copy == pytest.approx(passes / 2)
 
     def test_the_command_writes_rows_and_a_page(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(fused, "cases", lambda: [Case("odd", (64, 64, 17, 16), torch.float32, "channels_last")])
+        monkeypatch.setattr(fused, "cases", lambda: [COLD])
         assert fused.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
         rows = read_rows(tmp_path / "fused.csv")
         assert len(rows) == len(fused.KINDS) * 3 * 4

@@ -1,0 +1,47 @@
+"""A measurement beside the main one, as a command: `python -m benchmarks.NAME` writes results/NAME.csv and .md."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from time import monotonic
+from typing import TypeVar
+
+import torch
+
+from . import machine
+from .rows import Row, RowFile, Setting, read_rows
+
+Subject = TypeVar("Subject")
+Text = Callable[[Sequence[Row]], str]
+
+
+def run(
+    name: str,
+    about: str | None,
+    arguments: Sequence[str] | None,
+    seconds: float,
+    subjects: Sequence[Subject],
+    measure: Callable[[Subject, float, Setting], list[Row]],
+    table: Text,
+    page: Text,
+) -> int:
+    """Measures one subject after another, each in its share of the time, and writes rows as they come."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
+    parser.add_argument("--seconds", type=float, default=seconds, help="for all cases; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=machine.REPOSITORY / machine.RESULTS, help="folder")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(machine.cores())
+    machine.keep_memory()
+    setting = Setting(
+        "cpu", machine.cores(), machine.description(), machine.commit(), date.today().isoformat(), torch.__version__
+    )
+    path = options.output / f"{name}.csv"
+    end = monotonic() + options.seconds
+    with RowFile(path) as file:
+        for index, subject in enumerate(subjects):
+            file.write(measure(subject, (end - monotonic()) / (len(subjects) - index), setting))
+    rows = read_rows(path)
+    path.with_suffix(".md").write_text(page(rows))
+    print(f"\n{table(rows)}\n\nWritten to {options.output}")
+    return 0
