@@ -60,8 +60,9 @@ inline std::string describe(const Backend& backend, const Case& c, const std::st
   return text + " mean " + std::to_string(c.mean) + ": " + what;
 }
 
+/// NB: a tensor with a single outer element has no step there, which says nothing about the sizes.
 inline Strides dense(const Extent& e, int64_t pad, int64_t apart = 0) {
-  return {e.channels * (e.inner + apart) + pad, e.inner + apart};
+  return {e.outer == 1 ? 0 : e.channels * (e.inner + apart) + pad, e.inner + apart};
 }
 
 inline int64_t offset(const Strides& s, int64_t o, int64_t c, int64_t i) { return o * s.outer + c * s.channel + i; }

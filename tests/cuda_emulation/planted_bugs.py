@@ -117,7 +117,7 @@ BUGS = [
     ),
     Bug("plan: vectors whatever the outer stride", "cuda/plan.h", "o.strides.outer % n == 0", "true"),
     Bug("plan: vectors whatever the channel stride", "cuda/plan.h", "o.strides.channel % n == 0", "true"),
-    Bug("plan: vectors of planes of any size", "cuda/plan.h", "(planes ? e.inner : e.channels) % n == 0", "true"),
+    Bug("plan: vectors whatever the size", "cuda/plan.h", "(planes ? e.inner : e.channels) % n == 0", "true"),
     Bug("plan: a small workspace", "cuda/plan.h", "return kMaxWidth * int64_t(blocks)", "return int64_t(blocks)"),
     Bug("forward: huge values overflow", "cuda/forward.cu", "is_finite(chains[c].squares)", "true"),
     Bug(
