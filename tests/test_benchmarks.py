@@ -18,9 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-import torch_bn
 from benchmarks import __main__ as command
-from benchmarks import features, fused, machine
+from benchmarks import machine
 from benchmarks.cases import DIRECTIONS, LARGEST_TENSOR, Case, all_cases, quick_cases
 from benchmarks.gate import slower_than_torch
 from benchmarks.harness import Contender, Quantiles, measure, quantiles, rotation
@@ -406,91 +405,3 @@ class TestCommand:
         with pytest.raises(SystemExit):
             command.main(arguments)
         assert re.search(message, capsys.readouterr().err)
-
-
-# So large that a few sets of tensors fill the cache.
-COLD = Case("odd", (64, 64, 17, 16), torch.float32, "channels_last")
-
-
-class TestFeatures:
-    """What renorm and ghost batches cost."""
-
-    CASE = Case("odd", (9, 5, 4, 3), torch.float32, "channels_last")
-
-    @pytest.mark.parametrize("variant", features.VARIANTS, ids=lambda variant: variant.name)
-    def test_every_variant_is_verified_and_a_wrong_one_is_refused(self, variant, monkeypatch):
-        tensors = self.CASE.tensors()
-        assert isinstance(variant.verified(self.CASE, tensors).module, torch_bn.BatchNorm2d)
-        monkeypatch.setattr(nn.Module, "state_dict", lambda self: {"running_mean": torch.ones(5)})
-        with pytest.raises((ValueError, KeyError)):
-            variant.verified(self.CASE, tensors)
-
-    def test_groups_are_as_many_as_said(self):
-        ghost = next(variant for variant in features.VARIANTS if variant.name == "ghost")
-        layer = ghost.module(Case("odd", (32, 5, 4, 3), torch.float32), torch.float32)
-        assert 32 / layer.virtual_batch_size == features.GHOST_BATCHES
-
-    def test_the_table_compares_with_the_plain_layer(self):
-        times = {"torch_bn": 2.0, "renorm": 3.0, "ghost": 2.0, "renorm+ghost": 4.0, "composite renorm": 20.0}
-        quantiles_of = {name: Quantiles(median, median, median, 9) for name, median in times.items()}
-        rows = [
-            row for direction in features.MEASURED for row in timed_rows(self.CASE, direction, quantiles_of, SETTING)
-        ]
-        line = "| float32 | channels_last | forward | 1.50 (1.50) | 1.00 (1.00) | 2.00 (2.00) | 10.00 (10.00) |"
-        assert line in features.page(rows)
-        assert SETTING.commit in features.page(rows)
-
-    def test_the_command_writes_rows_and_a_page(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(features, "cases", lambda: [COLD])
-        assert features.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
-        rows = read_rows(tmp_path / "features.csv")
-        assert len(rows) == len(features.VARIANTS) * len(features.MEASURED)
-        assert features.table(rows) in (tmp_path / "features.md").read_text() and "renorm" in capsys.readouterr().out
-
-
-class TestFused:
-    """What fusing saves."""
-
-    CASE = Case("odd", (9, 5, 4, 3), torch.float32, "channels_last")
-
-    def inputs(self, kind: str) -> fused.Inputs:
-        residual = self.CASE.tensors(seed=7).dy.requires_grad_() if "add" in kind else None
-        return fused.Inputs(self.CASE.tensors(), residual)
-
-    @pytest.mark.parametrize("name", [fused.TORCH, fused.UNFUSED, fused.OURS])
-    @pytest.mark.parametrize("kind", fused.KINDS)
-    def test_every_contender_is_verified_and_a_wrong_one_is_refused(self, kind, name):
-        ends = fused.contenders(self.CASE)
-        fused.verify(self.CASE, ends, self.inputs(kind))
-        right = ends[name].call
-        wrong = fused.End(ends[name].module, lambda *arguments: right(*arguments) * 1.01)
-        with pytest.raises(ValueError, match=f"^{re.escape(name)} on .* result 0 is off float64 by "):
-            fused.verify(self.CASE, {name: wrong}, self.inputs(kind))
-
-    @pytest.mark.parametrize("kind", fused.KINDS)
-    def test_bytes_are_those_of_the_kind(self, kind):
-        for direction, passes in fused.KINDS[kind].items():
-            times = {name: Quantiles(2.0, 2.0, 2.0, 9) for name in (fused.TORCH, fused.OURS, fused.COPY)}
-            rows = [fused.of_kind(row, kind) for row in timed_rows(self.CASE, direction, times, SETTING)]
-            ours = next(row for row in rows if row.provider == fused.OURS)
-            copy = next(row for row in rows if row.provider == fused.COPY)
-            assert ours.op == copy.op == kind and copy.of_copy == 1.0
-            assert ours.bytes == passes * self.CASE.tensor_bytes and copy.bytes == 2 * self.CASE.tensor_bytes
-            assert ours.of_copy == pytest.approx(passes / 2)
-
-    def test_the_command_writes_rows_and_a_page(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(fused, "cases", lambda: [COLD])
-        assert fused.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
-        rows = read_rows(tmp_path / "fused.csv")
-        assert len(rows) == len(fused.KINDS) * 3 * 4
-        assert fused.table(rows) in (tmp_path / "fused.md").read_text() and "BN+add+ReLU" in capsys.readouterr().out
-
-    def test_the_table_gives_means_and_the_worst(self):
-        rows = []
-        for shape, time in (((9, 5, 4, 3), 1.0), ((9, 6, 4, 3), 4.0)):
-            times = {fused.TORCH: 4.0, fused.OURS: time, fused.COPY: 1.0}
-            quantiles_of = {name: Quantiles(median, median, median, 9) for name, median in times.items()}
-            for direction in DIRECTIONS[:3]:
-                case = Case("odd", shape, torch.float32, "channels_last")
-                rows += [fused.of_kind(row, "BN+ReLU") for row in timed_rows(case, direction, quantiles_of, SETTING)]
-        assert "| BN+ReLU | float32 | channels_last | torch_bn | 2.00x (1.00), 50% |" in fused.table(rows)
