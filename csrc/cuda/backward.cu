@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kChain = 64;  // units of a thread that are summed in its compute type
 
-/// The forward's map, of the channels of one tile.
+/// The forward's map, of the channels of one tile: first those that come first in their columns, then the second ones,
+/// because what the threads of a warp read at a time should lie side by side.
 template <class K>
 __device__ void prepare(const Plan& plan, const BackwardParams& p, const Part& part,
                         Affine<typename K::Compute> (&affines)[kMaxWidth]) {
@@ -18,10 +19,24 @@ __device__ void prepare(const Plan& plan, const BackwardParams& p, const Part& p
   if (int(threadIdx.x) < plan.width && channel < plan.channels) {
     const Weights weights = corrected_weights<T>(p, channel, kept_correction(p, channel));
     const int64_t at = part.group * plan.channels + channel;
-    affines[threadIdx.x] = normalizing_affine<T>(p.mean[at], p.invstd[at], weights.gamma, weights.beta);
+    const int thread = int(threadIdx.x);
+    affines[thread % K::kChannels * plan.columns + thread / K::kChannels] =
+        normalizing_affine<T>(p.mean[at], p.invstd[at], weights.gamma, weights.beta);
   }
   __syncthreads();
 }
+
+/// Those of the channels of one thread.
+template <class K>
+struct Forwarded {
+  const Affine<typename K::Compute>* first;
+  int columns;
+
+  __device__ Forwarded(const Plan& plan, const Affine<typename K::Compute> (&affines)[kMaxWidth])
+      : first(affines + (K::kPlanes ? int(threadIdx.x) / plan.lanes : int(threadIdx.x) % plan.columns)),
+        columns(plan.columns) {}
+  __device__ const Affine<typename K::Compute>& operator[](int c) const { return first[c * columns]; }
+};
 
 /// What a thread reads at one place, and dz of it.
 template <class K, bool kPlain>
@@ -36,16 +51,16 @@ struct Upstream {
     if constexpr (!kPlain)
       if (p.residual) residual = walk.load(p.residual, p.residual_strides);
   }
-  /// Calls f(e, channel, deviation, dz) for each element. affines: what has the centers of the thread's channels;
-  /// forwarded: the forward's map of them, there if there is an activation.
+  /// Calls f(e, channel, deviation, dz) for each element. centered: what has the centers of the thread's channels;
+  /// forwarded: there if there is an activation.
   template <class Centered, class F>
-  __device__ void for_each(const BackwardParams& p, const Centered* affines, const Affine<T>* forwarded,
+  __device__ void for_each(const BackwardParams& p, const Centered& centered, const Forwarded<K>& forwarded,
                            const F& f) const {
     const auto from = x.elements(), gradient = dy.elements();
 #pragma unroll
     for (int e = 0; e < K::kVector; ++e) {
       const int c = K::kPlanes ? 0 : e;
-      const T deviation = from[e] - affines[c].center;
+      const T deviation = from[e] - centered[c].center;
       if constexpr (kPlain) {
         f(e, c, deviation, gradient[e]);
       } else {
@@ -55,7 +70,7 @@ struct Upstream {
       }
     }
   }
-  __device__ void store(const BackwardParams& p, const Walk<K>& walk, const Affine<T>* forwarded,
+  __device__ void store(const BackwardParams& p, const Walk<K>& walk, const Forwarded<K>& forwarded,
                         const GradientAffine<T> (&gradients)[K::kChannels]) const {
     typename K::Vector::Elements dx, dresidual;
     for_each(p, gradients, forwarded, [&](int e, int c, T deviation, T dz) {
@@ -67,21 +82,11 @@ struct Upstream {
   }
 };
 
-/// Of the channels of one thread.
-template <class K>
-struct ThreadSums {
-  Sums sums[K::kChannels] = {};
-  __device__ void join_flipped(int flip) {
-    for (Sums& s : sums) s = joined(s, flipped(s, flip));
-  }
-  __device__ Sums of(int c) const { return sums[c]; }
-};
-
+/// sums: of the channels of the thread, out.
 template <class K, bool kPlain>
-__device__ ThreadSums<K> thread_sums(const BackwardParams& p, Walk<K> walk,
-                                     const Affine<typename K::Compute>* forwarded) {
+__device__ void thread_sums(const BackwardParams& p, Walk<K> walk, const Forwarded<K>& forwarded,
+                            Sums (&sums)[K::kChannels]) {
   using T = typename K::Compute;
-  ThreadSums<K> found;
   while (walk.inside()) {
     T dz_sum[K::kChannels] = {}, deviation_sum[K::kChannels] = {};
     read_batches(walk, kChain, Upstream<K, kPlain>{}, p, [&](const Upstream<K, kPlain>& at) {
@@ -91,24 +96,37 @@ __device__ ThreadSums<K> thread_sums(const BackwardParams& p, Walk<K> walk,
       });
     });
     for (int c = 0; c < K::kChannels; ++c)
-      found.sums[c] = joined(found.sums[c], {double(dz_sum[c]), double(deviation_sum[c])});
+      sums[c] = joined(sums[c], {double(dz_sum[c]), double(deviation_sum[c])});
   }
-  return found;
 }
+
+struct SumsTotal {
+  Sums sums{};
+  __device__ explicit SumsTotal(const double2&) {}
+  __device__ void add(const double2& found, double) { sums = joined(sums, {found.x, found.y}); }
+};
 
 /// By the last block of a tile.
 template <class K>
 __device__ void finish(const Plan& plan, const BackwardParams& p, const Scratch& scratch, int tile) {
   using T = typename K::Compute;
-  for_each_total<K, Sums>(plan, tile, scratch.partials, [&](int64_t group, int64_t channel, const Sums& s) {
+  const auto set_gradients = [&](int64_t channel, double dgamma, double dbeta) {
+    if (p.dweight) static_cast<T*>(p.dweight)[channel] = T(dgamma);
+    if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(dbeta);
+  };
+  for_each_total<K, SumsTotal>(plan, tile, scratch.partials, [&](int64_t group, int64_t channel, const auto& total) {
     const int64_t at = group * plan.channels + channel;
     const double count = double(plan.units(group) * K::kSamples);
     const GroupGradient<T> gradient =
         finish_backward<T>(p.training, p.mean[at], p.invstd[at], parameter<T>(p.weight, channel, 1),
-                           kept_correction(p, channel), {count, s.dz, s.dz_deviation});
+                           kept_correction(p, channel), {count, total.sums.first, total.sums.second});
     static_cast<GradientAffine<T>*>(scratch.coefficients)[at] = gradient.affine;
-    scratch.totals[at] = {gradient.dgamma, gradient.dbeta};
+    if (plan.groups == 1)
+      set_gradients(channel, gradient.dgamma, gradient.dbeta);
+    else
+      scratch.totals[at] = {gradient.dgamma, gradient.dbeta};
   });
+  if (plan.groups == 1) return;
   __syncthreads();
   const int64_t channel = own_channel(plan, tile);
   if (int(threadIdx.x) >= plan.width || channel >= plan.channels) return;
@@ -118,8 +136,7 @@ __device__ void finish(const Plan& plan, const BackwardParams& p, const Scratch&
     dgamma += of_group.x;
     dbeta += of_group.y;
   }
-  if (p.dweight) static_cast<T*>(p.dweight)[channel] = T(dgamma);
-  if (p.dbias) static_cast<T*>(p.dbias)[channel] = T(dbeta);
+  set_gradients(channel, dgamma, dbeta);
 }
 
 template <class K, bool kPlain>
@@ -127,12 +144,15 @@ __global__ void __launch_bounds__(kThreads, kResident)
     sums_kernel(const __grid_constant__ Plan plan, const __grid_constant__ BackwardParams p,
                 const __grid_constant__ Scratch scratch, unsigned* tickets) {
   __shared__ Affine<typename K::Compute> affines[kMaxWidth];
+  allow_next_launch();
   const Part part(plan, false);
   const Walk<K> walk(plan, part);
   prepare<K>(plan, p, part, affines);
-  const Affine<typename K::Compute>* forwarded = affines + (walk.channel - int64_t(part.tile) * plan.width);
-  const Sums total = block_total<K>(plan, thread_sums<K, kPlain>(p, walk, forwarded));
-  if (completes_tile(plan, part, total, scratch.partials, tickets)) finish<K>(plan, p, scratch, part.tile);
+  Sums sums[K::kChannels] = {};
+  thread_sums<K, kPlain>(p, walk, Forwarded<K>(plan, affines), sums);
+  const Sums total = block_total<K>(plan, sums);
+  if (completes_tile(plan, part, {total.first, total.second}, scratch.partials, tickets))
+    finish<K>(plan, p, scratch, part.tile);
 }
 
 template <class K, bool kPlain>
@@ -144,13 +164,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const Part part(plan, true);
   const Walk<K> walk(plan, part);
   if constexpr (!kPlain) prepare<K>(plan, p, part, affines);
+  await_launch();
   if (!walk.inside()) return;
   const auto coefficients =
       static_cast<const GradientAffine<T>*>(scratch.coefficients) + part.group * plan.channels + walk.channel;
   GradientAffine<T> gradients[K::kChannels];
   for (int i = 0; i < K::kChannels; ++i) gradients[i] = coefficients[i];
-  const Affine<T>* forwarded = affines + (walk.channel - int64_t(part.tile) * plan.width);
-  map_batches(walk, Upstream<K, kPlain>{}, p, forwarded, gradients);
+  map_batches(walk, Upstream<K, kPlain>{}, p, Forwarded<K>(plan, affines), gradients);
 }
 
 }  // namespace
@@ -162,11 +182,14 @@ cudaError_t backward(const BackwardParams& p, const Device& device, cudaStream_t
                               {p.dx, p.dx_strides},
                               {p.dresidual, p.dresidual_strides}};
   const int bytes = vector_bytes(p.dtype, p.extent, operands);
-  const Plan plan = plan_for(p.dtype, p.extent, bytes, device.blocks);
+  const Plan reduction = plan_for(p.dtype, p.extent, bytes, device.blocks);
+  const Plan map = plan_for(p.dtype, p.extent, bytes, kMapRounds * device.blocks);
   const Scratch scratch(p.workspace, p.extent, device.blocks);
   const auto run = [&](auto sums, auto gradient) {
-    const cudaError_t error = launch(sums, plan.blocks(), stream, plan, p, scratch, device.tickets);
-    return error || (!p.dx && !p.dresidual) ? error : launch(gradient, plan.blocks(), stream, plan, p, scratch);
+    const cudaError_t error =
+        launch(sums, reduction.blocks(), Order::whole, stream, reduction, p, scratch, device.tickets);
+    if (error || (!p.dx && !p.dresidual)) return error;
+    return launch(gradient, map.blocks(), after_reduction(device), stream, map, p, scratch);
   };
   return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
     using K = decltype(kind);

@@ -9,12 +9,14 @@ namespace torch_bn::cuda {
 
 /// The device as a launch must know it.
 struct Device {
-  int blocks;         // of kThreads threads that keep it busy; decides how a reduction is cut
+  int blocks;         // of kThreads threads that it runs at once; decides how a reduction is cut
   unsigned* tickets;  // zeros, one for each channel of the extent; left as zeros for the next launch. Launches that may
                       // run at once must not share them
+  bool overlaps;      // a launch may begin before the one that it waits for has ended: compute capability 9.0
 };
 
 constexpr int kThreads = 256;
+constexpr int kResident = 2;  // blocks that a multiprocessor must have registers for
 
 /// Bytes that the params' workspace must have.
 int64_t workspace(DType, const Extent&, int blocks);

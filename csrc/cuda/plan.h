@@ -7,7 +7,7 @@ namespace torch_bn::cuda {
 
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kMaxWidth = 64;  // channels of a tile
-constexpr int kResident = 2;   // blocks that a multiprocessor must have registers for
+constexpr int kMapRounds = 4;  // a map has so many times the blocks of a reduction, since nobody joins their results
 
 /// A tensor that a kernel reads or writes.
 struct Operand {
@@ -65,7 +65,17 @@ constexpr int power_of_two_above(int64_t n, int most) {
 
 constexpr int64_t quotient_above(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// For vectors of so many bytes, on a device that so many blocks keep busy.
+constexpr int kMostRounds = 4;
+
+/// Into how many each of so many parts is cut, for blocks that run so many at once: in the fewest rounds of which the last
+/// is nearly full too.
+constexpr int64_t cuts(int64_t parts, int64_t blocks) {
+  for (int64_t rounds = 1; rounds < kMostRounds; ++rounds)
+    if (const int64_t each = rounds * blocks / parts; 10 * each * parts >= 9 * rounds * blocks) return each;
+  return kMostRounds * blocks / parts;
+}
+
+/// For vectors of so many bytes, on a device that runs so many blocks at once.
 inline Plan plan_for(DType dtype, const Extent& e, int bytes, int blocks) {
   constexpr int kLine = 128;             // bytes that rows of a tile fill
   constexpr int kLeastUnits = 8;         // of a thread, for which it is worth its start
@@ -83,6 +93,8 @@ inline Plan plan_for(DType dtype, const Extent& e, int bytes, int blocks) {
   if (planes) {
     p.lanes = power_of_two_above(quotient_above(units, kLeastUnits), kThreads);
     p.lanes = p.lanes < kWarp ? kWarp : p.lanes;
+    // As few blocks as keep the device busy: each costs as much as the reading of several units.
+    while (p.lanes > kWarp && 10 * e.channels * e.groups * (p.lanes / 2) >= 9 * int64_t(blocks) * kThreads) p.lanes /= 2;
     p.columns = p.width = kThreads / p.lanes;
   } else {
     p.columns = power_of_two_above(e.channels / vector, kLine / bytes < kWarp ? kLine / bytes : kWarp);
@@ -90,7 +102,7 @@ inline Plan plan_for(DType dtype, const Extent& e, int bytes, int blocks) {
     p.lanes = kThreads / p.columns;
   }
   p.tiles = int(quotient_above(e.channels, p.width));
-  const int64_t steps = quotient_above(units, p.lanes), share = blocks / (p.tiles * e.groups);
+  const int64_t steps = quotient_above(units, p.lanes), share = cuts(p.tiles * e.groups, blocks);
   const int64_t most = quotient_above(steps, kLeastUnits);
   p.splits = int(share < 1 ? 1 : share < most ? share : most);
   const int64_t split_steps = quotient_above(steps, p.splits);
@@ -114,9 +126,9 @@ struct Scratch {
       : partials(static_cast<double2*>(workspace)), totals(partials + partials_of(e, blocks)),
         coefficients(totals + e.groups * e.channels) {}
 
-  /// Whatever the plan: its tiles make no more blocks than were asked for, or have one for each group.
+  /// Whatever the plan: its tiles make no more blocks than all rounds take, or have one for each group.
   static int64_t partials_of(const Extent& e, int blocks) {
-    return kMaxWidth * int64_t(blocks) + e.groups * (e.channels + kMaxWidth);
+    return kMaxWidth * kMostRounds * int64_t(blocks) + e.groups * (e.channels + kMaxWidth);
   }
   static int64_t bytes(DType dtype, const Extent& e, int blocks) {
     const int64_t coefficient = dtype == DType::f64 ? 8 : 4;
@@ -125,15 +137,40 @@ struct Scratch {
   }
 };
 
+/// Whether a launch waits for the one before it as a whole, or its blocks do so themselves with await_launch().
+enum class Order { whole, overlapping };
+
+inline Order after_reduction(const Device& device) { return device.overlaps ? Order::overlapping : Order::whole; }
+
 /// NB: the number of blocks counts in 32 bits, as the grid's first dimension does.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, Order order, cudaStream_t stream,
+                   const Arguments&... arguments) {
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = order == Order::overlapping;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+/// In a launch that an overlapping one may follow: its blocks may start where this one's have ended.
+__device__ inline void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+/// In an overlapping launch, before anything that the one before it reads or writes.
+__device__ inline void await_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
 }
 
 }  // namespace torch_bn::cuda

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, kResident) update_kernel(UpdateParam
 
 /// NB: one block, since what belongs to all channels may change only when all have read it.
 cudaError_t update(const UpdateParams& p, cudaStream_t stream) {
-  return launch(p.dtype == DType::f64 ? update_kernel<double> : update_kernel<float>, 1, stream, p);
+  return launch(p.dtype == DType::f64 ? update_kernel<double> : update_kernel<float>, 1, Order::whole, stream, p);
 }
 
 int64_t workspace(DType dtype, const Extent& e, int blocks) { return Scratch::bytes(dtype, e, blocks); }

@@ -101,23 +101,30 @@ __device__ void map_batches(Walk<K> walk, const At&, const P& p, const Coefficie
   }
 }
 
-/// The same for what only reads: add(at) for up to `most` units, or a few more to reach the end.
+/// The same for what only reads: add(at) for up to `most` units, or a few more to fill a batch. Returns for how many.
+/// NB: a thread of a reduction may have a batch or two in all, so the last one must be read at once like the others.
 template <class K, class At, class P, class F>
 __device__ int read_batches(Walk<K>& walk, int most, const At&, const P& p, const F& add) {
   int units = 0;
-  for (; walk.has(At::kUnroll) && units < most; units += At::kUnroll) {
+  while (walk.inside() && units < most) {
     At batch[At::kUnroll];
+    int read = At::kUnroll;
+    if (walk.has(At::kUnroll)) {
 #pragma unroll
-    for (int u = 0; u < At::kUnroll; ++u, walk.advance()) batch[u].load(p, walk);
+      for (int u = 0; u < At::kUnroll; ++u, walk.advance()) batch[u].load(p, walk);
 #pragma unroll
-    for (int u = 0; u < At::kUnroll; ++u) add(batch[u]);
-  }
-  if (!walk.has(At::kUnroll))
-    for (; walk.inside(); walk.advance(), ++units) {
-      At one;
-      one.load(p, walk);
-      add(one);
+      for (int u = 0; u < At::kUnroll; ++u) add(batch[u]);
+    } else {
+      read = 0;
+#pragma unroll
+      for (int u = 0; u < At::kUnroll - 1; ++u)
+        if (walk.inside()) batch[u].load(p, walk), walk.advance(), ++read;
+#pragma unroll
+      for (int u = 0; u < At::kUnroll - 1; ++u)
+        if (u < read) add(batch[u]);
     }
+    units += read;
+  }
   return units;
 }
 

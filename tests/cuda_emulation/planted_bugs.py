@@ -40,11 +40,11 @@ BUGS = [
     Bug(
         "reduce: no barrier before the warps' results are joined",
         "cuda/reduce.cuh",
-        "own.of(i);\n  __syncthreads();",
-        "own.of(i);",
+        "= own[i];\n  __syncthreads();",
+        "= own[i];",
     ),
     Bug("reduce: a warp is left out", "cuda/reduce.cuh", "i < warps; ++i)", "i < warps - 1; ++i)"),
-    Bug("reduce: half a warp exchanges", "cuda/reduce.cuh", "__shfl_xor_sync(~0u,", "__shfl_xor_sync(0xffffu,"),
+    Bug("reduce: half a warp exchanges", "cuda/reduce.cuh", "{__shfl_xor_sync(~0u,", "{__shfl_xor_sync(0xffffu,"),
     Bug(
         "reduce: an exchange is left out",
         "cuda/reduce.cuh",
@@ -60,8 +60,8 @@ BUGS = [
     Bug(
         "reduce: no barrier before the ticket",
         "cuda/reduce.cuh",
-        "packed(total);\n  __syncthreads();",
-        "packed(total);",
+        "= found;\n  __syncthreads();",
+        "= found;",
     ),
     Bug("reduce: no fence before the ticket", "cuda/reduce.cuh", "    __threadfence();\n    last", "    last"),
     Bug("reduce: no fence after the ticket", "cuda/reduce.cuh", "== others;\n    __threadfence();", "== others;"),
@@ -82,7 +82,7 @@ BUGS = [
     Bug(
         "reduce: the last split counts like the others",
         "cuda/reduce.cuh",
-        "plan.units(group, split) * K::kSamples",
+        "plan.units(group, split + i * lanes) * K::kSamples",
         "plan.units(group, 0) * K::kSamples",
     ),
     Bug(
@@ -107,7 +107,9 @@ BUGS = [
         "for (; walk.inside(); walk.advance()) {",
         "for (; walk.has(2); walk.advance()) {",
     ),
-    Bug("walk: a batch counts one too many", "cuda/walk.cuh", "units += At::kUnroll", "units += At::kUnroll + 1"),
+    Bug("walk: a batch counts one too many", "cuda/walk.cuh", "read = At::kUnroll;", "read = At::kUnroll + 1;"),
+    Bug("walk: the last batch counts one too many", "cuda/walk.cuh", "read = 0;", "read = 1;"),
+    Bug("walk: the last batch is left out", "cuda/walk.cuh", "inside() && units < most", "has(2) && units < most"),
     Bug("plan: every group is a large one", "cuda/plan.h", "(group < surplus)", "(group <= surplus)"),
     Bug(
         "plan: vectors wherever a tensor begins",
@@ -118,20 +120,27 @@ BUGS = [
     Bug("plan: vectors whatever the outer stride", "cuda/plan.h", "o.strides.outer % n == 0", "true"),
     Bug("plan: vectors whatever the channel stride", "cuda/plan.h", "o.strides.channel % n == 0", "true"),
     Bug("plan: vectors whatever the size", "cuda/plan.h", "(planes ? e.inner : e.channels) % n == 0", "true"),
-    Bug("plan: a small workspace", "cuda/plan.h", "return kMaxWidth * int64_t(blocks)", "return int64_t(blocks)"),
+    Bug("plan: a small workspace", "cuda/plan.h", "kMaxWidth * kMostRounds * int64_t(blocks)", "int64_t(blocks)"),
     Bug("forward: huge values overflow", "cuda/forward.cu", "is_finite(chains[c].squares)", "true"),
     Bug(
         "forward: no barrier before the groups are joined",
         "cuda/forward.cu",
-        "  });\n  __syncthreads();\n",
-        "  });\n",
+        "weights[kMaxWidth];\n  __syncthreads();\n",
+        "weights[kMaxWidth];\n",
     ),
     Bug(
         "forward: no barrier after the weights",
         "cuda/forward.cu",
-        "= weights.beta;\n  }\n  __syncthreads();",
-        "= weights.beta;\n  }",
+        "variance / double(plan.groups));\n  }\n  __syncthreads();",
+        "variance / double(plan.groups));\n  }",
     ),
+    Bug(
+        "forward: no barrier before the pivots are read",
+        "cuda/forward.cu",
+        "= own.mean[c];\n  __syncthreads();",
+        "= own.mean[c];",
+    ),
+    Bug("forward: the pivot of another channel", "cuda/forward.cu", "({pivots[thread], 0})", "({pivots[0], 0})"),
     Bug(
         "forward: the batch counts once per block",
         "cuda/forward.cu",
@@ -155,8 +164,8 @@ BUGS = [
     Bug(
         "backward: no barrier before the groups are joined",
         "cuda/backward.cu",
-        "  });\n  __syncthreads();\n",
-        "  });\n",
+        "return;\n  __syncthreads();\n",
+        "return;\n",
     ),
     Bug(
         "backward: centers that nobody has set",

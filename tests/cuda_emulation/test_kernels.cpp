@@ -19,7 +19,7 @@ Backend emulated(int blocks, unsigned seed) {
     return [=](const auto& p, Run run) {
       emulation::settings.seed = 2 * seed + (run == Run::second);
       std::vector<unsigned> tickets(p.extent.channels);
-      check(launcher(p, cuda::Device{blocks, tickets.data()}, nullptr) == cudaSuccess, name + " refuses a launch");
+      check(launcher(p, cuda::Device{blocks, tickets.data(), true}, nullptr) == cudaSuccess, name + " refuses a launch");
       for (unsigned ticket : tickets)
         if (ticket != 0) check(false, name + " leaves a ticket");
     };

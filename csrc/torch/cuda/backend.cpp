@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "../../cuda/launch.h"
@@ -18,7 +18,6 @@
 namespace torch_bn {
 namespace {
 
-constexpr int kBlocksPerProcessor = 8;  // two rounds of the four or so that run at once
 constexpr int64_t kLeastTickets = 4096;
 
 void check(cudaError_t error, const char* op) {
@@ -27,15 +26,23 @@ void check(cudaError_t error, const char* op) {
   TORCH_CHECK(false, "batch_norm: CUDA refuses the kernels of its ", op, ": ", cudaGetErrorString(error));
 }
 
-int blocks_of(c10::Device device) {
-  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
-  std::atomic<int>& blocks = known.at(device.index());
-  if (blocks == 0) {
-    int processors = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device.index()), "device");
-    blocks = processors * kBlocksPerProcessor;
-  }
-  return blocks;
+int attribute(cudaDeviceAttr name, c10::Device device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device.index()), "device");
+  return value;
+}
+
+/// But for the tickets, which belong to a stream.
+const cuda::Device& facts_of(c10::Device device) {
+  static std::array<std::optional<cuda::Device>, C10_COMPILE_TIME_MAX_GPUS> known;
+  static std::array<std::once_flag, C10_COMPILE_TIME_MAX_GPUS> asked;
+  auto& facts = known.at(device.index());
+  std::call_once(asked.at(device.index()), [&] {
+    facts = cuda::Device{.blocks = attribute(cudaDevAttrMultiProcessorCount, device) * cuda::kResident,
+                         .tickets = nullptr,
+                         .overlaps = attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9};
+  });
+  return *facts;
 }
 
 at::Tensor zeros(int64_t count, c10::Device device) { return at::zeros({count}, at::device(device).dtype(at::kInt)); }
@@ -60,12 +67,13 @@ void run(cudaError_t (*launcher)(const Params&, const cuda::Device&, cudaStream_
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const at::Tensor zeros = tickets > 0 ? tickets_for(tickets, stream) : at::Tensor();
-  auto* data = zeros.defined() ? reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<int>()) : nullptr;
-  check(launcher(p, {blocks_of(device), data}, stream), op);
+  cuda::Device facts = facts_of(device);
+  if (zeros.defined()) facts.tickets = reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<int>());
+  check(launcher(p, facts, stream), op);
 }
 
 const Backend backend{
-    [](DType dtype, const Extent& e, c10::Device device) { return cuda::workspace(dtype, e, blocks_of(device)); },
+    [](DType dtype, const Extent& e, c10::Device device) { return cuda::workspace(dtype, e, facts_of(device).blocks); },
     [](const ForwardParams& p, c10::Device device) { run(cuda::forward, p, p.extent.channels, device, "forward"); },
     [](const InferenceParams& p, c10::Device device) { run(cuda::inference, p, 0, device, "inference"); },
     [](const BackwardParams& p, c10::Device device) { run(cuda::backward, p, p.extent.channels, device, "backward"); },
