@@ -35,7 +35,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _device_of_the_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests marked `kernels` make their tensors on the device that TORCH_BN_TEST_DEVICE names, if it is set."""
     name = os.environ.get("TORCH_BN_TEST_DEVICE")
-    if name is None or request.node.get_closest_marker("kernels") is None:
+    stays = request.node.get_closest_marker("on_cpu") or not request.node.get_closest_marker("kernels")
+    if name is None or stays:
         yield
         return
     torch.set_default_device(name)

@@ -330,6 +330,7 @@ class TestVerification:
         assert {row.error for new in rows for row in new} == {f"failing on {ODD.name}: cannot be built"}
 
     @pytest.mark.kernels
+    @pytest.mark.on_cpu
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
         "shape, layout",

@@ -143,14 +143,16 @@ def test_two_graphs_of_one_stream_may_be_replayed_at_once() -> None:
         x, dy, module = torch.randn(shape), torch.randn(shape), layer(64)
         expected = layer(64)
         expected.load_state_dict(module.state_dict())
-        made.append((*captured(module, x, dy), [step(expected, x, dy) for _ in range(20)][-1], torch.cuda.Stream()))
+        # A graph reads where its inputs were: they must live as long.
+        inputs, stream = (x, dy, module), torch.cuda.Stream()
+        made.append((*captured(module, x, dy), [step(expected, x, dy) for _ in range(20)][-1], stream, inputs))
     torch.cuda.synchronize()
     for _ in range(20):
-        for graph, _, _, stream in made:
+        for graph, _, _, stream, _ in made:
             with torch.cuda.stream(stream):
                 graph.replay()
     torch.cuda.synchronize()
-    for _, results, expected_results, _ in made:
+    for _, results, expected_results, _, _ in made:
         assert_same(results, expected_results)
 
 

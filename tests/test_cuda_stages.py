@@ -199,6 +199,7 @@ class TestCorrectness:
         assert {c.option for c in found} == {"", *correctness.OPTIONS} and any(c.far for c in found)
 
     @pytest.mark.kernels
+    @pytest.mark.on_cpu
     @pytest.mark.parametrize("dtype", list(correctness.OUTPUT), ids=str)
     def test_the_kernels_of_this_machine_pass(self, dtype):
         chosen = [c for c in correctness.configurations() if c.case.dtype == dtype and c.case.shape[0] < 32]

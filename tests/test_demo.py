@@ -77,6 +77,7 @@ def short_demo(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.kernels
+@pytest.mark.on_cpu
 def test_demo_prints_its_table_and_judges_the_accuracy(capsys, monkeypatch, short_demo):
     assert demo.main() == 1
     captured = capsys.readouterr()

@@ -23,7 +23,9 @@ from torch import nn
 
 import torch_bn
 
-BOTH_NORMS = pytest.mark.parametrize("norm", ["torch", pytest.param("torch_bn", marks=pytest.mark.kernels)])
+BOTH_NORMS = pytest.mark.parametrize(
+    "norm", ["torch", pytest.param("torch_bn", marks=[pytest.mark.kernels, pytest.mark.on_cpu])]
+)
 
 
 # Command line

@@ -43,17 +43,18 @@ def test_agrees_with_torch(shape, options, dtype, affine, fused, tolerances):
     weight = torch.randn(channels, dtype=dtype) if "weight" in affine else None
     bias = torch.randn(channels, dtype=dtype) if "bias" in affine else None
     results = []
-    for function, choice in (F.batch_norm, {}), (batch_norm, {"fused": fused}):
-        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
-        statistics = mean.clone(), var.clone()
+    # On the CPU, since torch's own CUDA function refuses an epsilon of 0 and a bias without a weight.
+    for function, choice, device in (F.batch_norm, {}, "cpu"), (batch_norm, {"fused": fused}, x.device):
+        leaves = [None if t is None else t.to(device, copy=True).requires_grad_() for t in (x, weight, bias)]
+        statistics = [t.to(device, copy=True) for t in (mean, var)]
         y = function(leaves[0], *statistics, *leaves[1:], **options, **choice)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(shape))
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype, device=device).reshape(shape))
         gradients = [t.new_zeros(t.shape) if t.grad is None else t.grad for t in leaves if t is not None]
         results.append([y, *statistics, *gradients])
     tolerance = tolerances[dtype]
     for actual, expected in zip(results[1], results[0], strict=True):
         # torch's own gradients of parameters in bfloat16 sum in bfloat16
-        torch.testing.assert_close(actual, expected, **{key: 4 * value for key, value in tolerance.items()})
+        torch.testing.assert_close(actual.cpu(), expected, **{key: 4 * value for key, value in tolerance.items()})
 
 
 @both_paths
@@ -217,10 +218,19 @@ for name in ("running_mean", "running_var"):
     )
 
 
+def there(value: object, device: torch.device) -> object:
+    """A tensor on that device, if it is one of values."""
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return value
+    return value.detach().to(device).requires_grad_(value.requires_grad)
+
+
 @both_paths
 @pytest.mark.parametrize(("change", "error", "text"), ERRORS.values(), ids=ERRORS)
 def test_errors_say_what_must_hold_and_change_nothing(change, error, text, fused):
-    arguments = good_arguments() | change
+    device = torch.get_default_device()
+    arguments = good_arguments() | {name: there(value, device) for name, value in change.items()}
+    text = text.replace("is on cpu", f"is on {arguments['input'].device}")
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     before = {name: value.detach().clone() for name, value in tensors.items() if not value.is_meta}
     with pytest.raises(error, match=f"^{re.escape(text)}") as caught:

@@ -198,6 +198,7 @@ def test_a_refused_forward_is_not_collected(fused):
 
 
 @both_paths
+@pytest.mark.on_cpu  # a thread has a default device of its own
 def test_threads_do_not_see_each_other(fused):
     layers = [torchs_face(fused) for _ in range(2)]
     lengths = []
