@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -359,12 +358,6 @@ class TestStages:
 
         rows = flat(training.stage(a_run(60.0), infinite, batches=(2,), side=8, warm_up=1, steps=2, guess=1e9))
         assert all("the loss must stay finite, got nan" in found.error and found.median_us is None for found in rows)
-
-    def test_training_without_torchvision_is_left_out(self, monkeypatch, capsys):
-        monkeypatch.setitem(sys.modules, "torchvision", None)
-        monkeypatch.setitem(sys.modules, "torchvision.models", None)
-        assert flat(training.stage(a_run(60.0))) == []
-        assert "training is left out: " in capsys.readouterr().out
 
     def test_steps_are_timed_from_mark_to_mark(self):
         found = training.timed_steps(HostTimer(), partial(sleep, 2e-3), warm_up=1, steps=3)

@@ -9,6 +9,7 @@ from torch import nn
 
 import torch_bn
 
+from ..resnet import resnet50
 from .contenders import COMPILED, EAGER, OURS
 from .plan import Allowance, Run
 from .rows import Measurement, first_line, row
@@ -22,13 +23,6 @@ WARM_UP, STEPS = 10, 30
 CLASSES = 1000
 
 
-def resnet50() -> nn.Module:
-    from torchvision.models import resnet50
-
-    model: nn.Module = resnet50(weights=None)
-    return model
-
-
 def stage(
     run: Run,
     model: Callable[[], nn.Module] = resnet50,
@@ -39,11 +33,6 @@ def stage(
     guess: float = COMPILE_GUESS,
 ) -> Iterator[list[Measurement]]:
     """First all batches without the compiler, whose time is short and known, then the largest with it, and so on."""
-    try:
-        model()
-    except ImportError as error:
-        print(f"training is left out: {error}", flush=True)
-        return
     allowance = Allowance(run.seconds_left, guess)
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
