@@ -52,6 +52,7 @@ bench: build
 	$(python) -m benchmarks
 	$(python) -m benchmarks.features
 	$(python) -m benchmarks.fused
+	$(python) -m benchmarks.network
 
 # On a machine with a GPU, as one command or in its two parts. Nothing is installed, as such machines often have no
 # network: make cuda-verify VENV=/path/to/environment, with torch and most of requirements-dev.txt in it.

@@ -133,7 +133,8 @@ the same layer in plain torch operations (`fused=False`).
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return study.run("features", __doc__, arguments, SECONDS, cases(), measure_case, table, page)
+    options = study.parser("features", __doc__, SECONDS).parse_args(arguments)
+    return study.run(options, cases(), measure_case, table, page)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class Inputs:
         return Inputs(self.tensors.clone(), residual)
 
 
+def make_inputs(case: Case, kind: str) -> Inputs:
+    return Inputs(case.tensors(), case.tensors(seed=7).dy.requires_grad_() if "add" in kind else None)
+
+
 @dataclass(frozen=True)
 class End:
     """A layer and what is called for it and what follows."""
@@ -125,8 +129,7 @@ def cases() -> list[Case]:
 def measure_case(subject: tuple[Case, str], seconds: float, setting: Setting) -> list[Row]:
     case, kind = subject
     end = monotonic() + seconds
-    residual = case.tensors(seed=7).dy.requires_grad_() if "add" in kind else None
-    inputs = Inputs(case.tensors(), residual)
+    inputs = make_inputs(case, kind)
     ends = contenders(case)
     verify(case, ends, inputs)
     depth = rotation(case.tensor_bytes, machine.last_level_cache())
@@ -183,7 +186,8 @@ geometric mean over the shapes, the worst shape in brackets, and the share of th
 
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [(case, kind) for kind in KINDS for case in cases()]
-    return study.run("fused", __doc__, arguments, SECONDS, chosen, measure_case, table, page)
+    options = study.parser("fused", __doc__, SECONDS).parse_args(arguments)
+    return study.run(options, chosen, measure_case, table, page)
 
 
 if __name__ == "__main__":

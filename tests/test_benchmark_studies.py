@@ -59,19 +59,15 @@ class TestFused:
 
     CASE = Case("odd", (9, 5, 4, 3), torch.float32, "channels_last")
 
-    def inputs(self, kind: str) -> fused.Inputs:
-        residual = self.CASE.tensors(seed=7).dy.requires_grad_() if "add" in kind else None
-        return fused.Inputs(self.CASE.tensors(), residual)
-
     @pytest.mark.parametrize("name", [fused.TORCH, fused.UNFUSED, fused.OURS])
     @pytest.mark.parametrize("kind", fused.KINDS)
     def test_every_contender_is_verified_and_a_wrong_one_is_refused(self, kind, name):
         ends = fused.contenders(self.CASE)
-        fused.verify(self.CASE, ends, self.inputs(kind))
+        fused.verify(self.CASE, ends, fused.make_inputs(self.CASE, kind))
         right = ends[name].call
         wrong = fused.End(ends[name].module, lambda *arguments: right(*arguments) * 1.01)
         with pytest.raises(ValueError, match=f"^{re.escape(name)} on .* result 0 is off float64 by "):
-            fused.verify(self.CASE, {name: wrong}, self.inputs(kind))
+            fused.verify(self.CASE, {name: wrong}, fused.make_inputs(self.CASE, kind))
 
     @pytest.mark.parametrize("kind", fused.KINDS)
     def test_bytes_are_those_of_the_kind(self, kind):
