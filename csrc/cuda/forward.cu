@@ -57,6 +57,7 @@ struct MomentsTotal {
     sums = joined(sums, {count * deviation, fma(count * deviation, deviation, mean_and_m2.y)});
   }
   __device__ Moments of(double count) const {
+    if (count == 0) return {};
     const double each = 1 / count, m2 = m2_of_sums(each, sums.first, sums.second);
     return {count, mean_of_sums(each, pivot, sums.first), m2 < 0 ? 0 : m2};
   }

@@ -140,6 +140,7 @@ BUGS = [
         "= own.mean[c];\n  __syncthreads();",
         "= own.mean[c];",
     ),
+    Bug("forward: a split without samples", "cuda/forward.cu", "if (count == 0) return {};", ""),
     Bug("forward: the pivot of another channel", "cuda/forward.cu", "({pivots[thread], 0})", "({pivots[0], 0})"),
     Bug(
         "forward: the batch counts once per block",
