@@ -8,7 +8,7 @@ namespace torch_bn {
 /// Of the elements. Per-channel parameters and running statistics are float, and double for f64.
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 
-enum class Activation : uint8_t { none, relu };
+enum class Activation : uint8_t { none, relu, leaky_relu, elu, silu, gelu, gelu_tanh, hardswish };
 
 /// A tensor seen as [outer, channels, inner] in the order of its memory: (N, C, H*W) for NCHW and (N*H*W, C, 1)
 /// for NHWC. Neighbours of the innermost dimension of more than one element are adjacent in every tensor.
@@ -48,6 +48,7 @@ struct ForwardParams {
   DType dtype;
   Extent extent;
   Activation activation = Activation::none;
+  double activation_number = 0;            // the slope of leaky_relu, the alpha of elu
   const void* x;                           // [outer, channels, inner]
   Strides x_strides;
   const void* residual = nullptr;          // [outer, channels, inner] or null
@@ -80,6 +81,7 @@ struct InferenceParams {
   DType dtype;
   Extent extent;                           // groups is 1
   Activation activation = Activation::none;
+  double activation_number = 0;            // the slope of leaky_relu, the alpha of elu
   const void* x;                           // [outer, channels, inner]
   Strides x_strides;
   const void* residual = nullptr;          // [outer, channels, inner] or null
@@ -99,6 +101,7 @@ struct BackwardParams {
   DType dtype;
   Extent extent;
   Activation activation = Activation::none;
+  double activation_number = 0;            // the slope of leaky_relu, the alpha of elu
   bool training;
   const void* dy;                          // [outer, channels, inner]
   Strides dy_strides;

@@ -8,6 +8,7 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"
+#include "activations.inl"
 #include "loops.inl"
 #include "moments.inl"
 #include "gradients.inl"

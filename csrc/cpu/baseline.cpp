@@ -10,6 +10,7 @@
 namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"
+#include "activations.inl"
 #include "loops.inl"
 #include "moments.inl"
 #include "gradients.inl"

@@ -7,6 +7,7 @@ struct UpstreamGradient {
   using Element = typename D::Element;
   const Element *dy, *x, *residual;
   Activation activation;
+  [[no_unique_address]] NumberOf<D> number;
 
   UpstreamGradient() = default;
   UpstreamGradient(const BackwardParams& p, int64_t outer, int64_t channel, int64_t begin) {
@@ -17,6 +18,7 @@ struct UpstreamGradient {
     x = at(p.x, p.x_strides);
     residual = at(p.residual, p.residual_strides);
     activation = p.activation;
+    if constexpr (kIsCurved<D>) number.value = p.activation_number;
   }
   /// dz of one register; scale and shift are the forward's, to find the normalised value again.
   template <class Count>
@@ -25,7 +27,10 @@ struct UpstreamGradient {
     if (kPlain || activation == Activation::none) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
-    return relu_gradient(z, gradient);
+    if constexpr (kIsCurved<D>)
+      return through_activation<Parameter<D>>(activation, number.value, z, gradient);
+    else
+      return relu_gradient(z, gradient);
   }
 };
 

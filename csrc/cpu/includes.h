@@ -8,3 +8,4 @@
 #include "../math/channel.h"
 #include "../math/moments.h"
 #include "../math/running.h"
+#include "functions.h"

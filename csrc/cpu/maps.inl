@@ -46,6 +46,7 @@ struct Normalize {
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
+  [[no_unique_address]] const NumberOf<D> number = {};
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -79,7 +80,9 @@ struct Normalize {
       z = deviation * k.scale + k.shift;
     if constexpr (!kPlain) {
       if (a.residual) z += load<D>(a.residual + i, count);
-      if (p.activation == Activation::relu) z = relu(z);
+      if constexpr (kIsCurved<D>)
+        z = apply_activation<Parameter<D>>(p.activation, number.value, z);
+      else if (p.activation == Activation::relu) z = relu(z);
     }
     return z;
   }

@@ -39,6 +39,7 @@ struct Case {
   bool expanded;                  // dy repeats one plane or row
   bool renorm, unbiased;
   double mean, deviation;
+  double number = 0;              // of the activation
   bool apart = false;             // planes of x and dy have an element between them
   bool cumulative = false;        // the running statistics are plain averages
   bool stateless = false;         // there are none
@@ -53,7 +54,8 @@ inline std::string describe(const Backend& backend, const Case& c, const std::st
                      std::to_string(e.channels) + ", " + std::to_string(e.inner) + "] per example " +
                      std::to_string(e.outer_per_example) + " groups " + std::to_string(e.groups);
   const auto add = [&](bool is, const char* word) { text += is ? std::string(" ") + word : ""; };
-  add(c.activation == Activation::relu, "relu"), add(c.residual, "residual"), add(c.affine, "affine");
+  text += " activation " + std::to_string(int(c.activation)) + " of " + std::to_string(c.number);
+  add(c.residual, "residual"), add(c.affine, "affine");
   add(c.padded, "padded"), add(c.apart, "apart"), add(c.expanded, "expanded"), add(c.renorm, "renorm");
   add(c.unbiased, "unbiased"), add(c.cumulative, "cumulative"), add(c.stateless, "stateless");
   if (c.shifted) text += " shifted " + std::to_string(c.shifted) + " by " + std::to_string(c.shift);

@@ -5,7 +5,7 @@
 #pragma once
 #include <random>
 
-#include "cases.h"
+#include "activations.h"
 
 namespace torch_bn::testing {
 
@@ -22,6 +22,7 @@ class Problem {
   const Backend& backend;
   const Case& c;
   const Extent& e = c.extent;
+  const Curve& curve = curve_of(c.activation, c.number);
   const int64_t C = e.channels, G = e.groups;
   static constexpr double eps = 1e-5;
   std::mt19937 random;
@@ -67,7 +68,7 @@ class Problem {
   }
   double dz_at(int64_t o, int64_t ch, int64_t i, int64_t k) const {
     const double gradient = dy.get(offset(dys, o, ch, i));
-    return c.activation == Activation::relu && z_at(o, ch, i, k) <= 0 ? 0 : gradient;
+    return gradient * curve.slope(z_at(o, ch, i, k));
   }
 
   struct Sums {  // of dz and dz * xhat, and of their absolute values
@@ -138,7 +139,8 @@ inline void Problem::find_batch() {
 
 inline void Problem::launch_forward(Buffer& y, State& state, double* statistics, Run run) {
   const Workspace workspace(backend, c.dtype, e);
-  backend.forward({.dtype = c.dtype, .extent = e, .activation = c.activation, .x = x.data(), .x_strides = xs,
+  backend.forward({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
+                   .x = x.data(), .x_strides = xs,
                    .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .y = y.data(),
                    .y_strides = ys, .weight = weight ? weight->data() : nullptr, .bias = bias ? bias->data() : nullptr,
                    .eps = eps, .mean = mean.data(), .invstd = invstd.data(),
@@ -195,9 +197,7 @@ inline void Problem::check_correction() {
 inline void Problem::check_y() const {
   Worst worst;
   each([&](int64_t o, int64_t ch, int64_t i, int64_t k) {
-    const double z = z_at(o, ch, i, k), want = c.activation == Activation::relu ? std::max(z, 0.0) : z;
-    const double got = y.get(offset(ys, o, ch, i));
-    worst.include(got, want);
+    worst.include(y.get(offset(ys, o, ch, i)), curve.value(z_at(o, ch, i, k)));
   });
   const double unit = epsilon_of(c.dtype);
   expect(worst.value <= 4 * unit + rounding, "y, error " + std::to_string(worst.value / unit));
@@ -234,7 +234,8 @@ inline Problem::Gradients Problem::launch_backward(bool training, unsigned absen
                   make_parameters(c.dtype, Problem::absent(C))};
   const auto data = [&](Buffer& buffer, int bit) { return absent >> bit & 1 ? nullptr : buffer.data(); };
   const Workspace workspace(backend, c.dtype, e);
-  backend.backward({.dtype = c.dtype, .extent = e, .activation = c.activation, .training = training, .dy = dy.data(),
+  backend.backward({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
+                    .training = training, .dy = dy.data(),
                     .dy_strides = dys, .x = x.data(), .x_strides = xs,
                     .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys,
                     .weight = weight ? weight->data() : nullptr, .bias = bias ? bias->data() : nullptr,
@@ -268,7 +269,7 @@ inline void Problem::check_gradients(const Gradients& found, const Sums& sums, b
   Worst worst;
   each([&](int64_t o, int64_t ch, int64_t i, int64_t k) {
     // An element at the activation's kink may fall on either side.
-    if (c.activation == Activation::relu && std::fabs(z_at(o, ch, i, k)) < 1e-4) return;
+    if (std::fabs(std::fabs(z_at(o, ch, i, k)) - curve.kink) < 1e-4) return;
     const double xhat = xhat_at(o, ch, i, k), dz = dz_at(o, ch, i, k), count = double(n[k]);
     const double scale = gamma[ch] * r[ch] * scale_at(k);
     const double want = scale * (training ? dz - sums.s1[k] / count - xhat * sums.s2[k] / count : dz);
@@ -278,7 +279,7 @@ inline void Problem::check_gradients(const Gradients& found, const Sums& sums, b
     worst.include(got == want ? 0 : std::fabs(got - want) / size / (unit + fine));  // size is 0 where all of dz is
     if (!c.residual) return;
     const double passed_on = found.dresidual.get(offset(ys, o, ch, i));
-    worst.include(std::fabs(passed_on - dz) / (1 + std::fabs(dz)) / unit);
+    worst.include(std::fabs(passed_on - dz) / (1 + std::fabs(dz)) / (unit + rounding));
   });
   expect(worst.value <= 4, "dx or dresidual, error " + std::to_string(worst.value));
 }
@@ -316,7 +317,8 @@ inline void Problem::check_partly(const Gradients& whole, bool training) {
 inline void Problem::check_inference() {
   const Workspace workspace(backend, c.dtype, e);
   y.reset();
-  backend.inference({.dtype = c.dtype, .extent = e, .activation = c.activation, .x = x.data(), .x_strides = xs,
+  backend.inference({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
+                     .x = x.data(), .x_strides = xs,
                      .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .y = y.data(),
                      .y_strides = ys, .weight = weight ? weight->data() : nullptr,
                      .bias = bias ? bias->data() : nullptr, .eps = eps, .running_mean = state->mean.data(),
@@ -326,8 +328,7 @@ inline void Problem::check_inference() {
   each([&](int64_t o, int64_t ch, int64_t i, int64_t) {
     const double rm = state->mean.get(ch), rv = state->var.get(ch);
     const double term = (x_at(o, ch, i) - rm) / std::sqrt(rv + eps) * gamma[ch];
-    double want = term + beta[ch] + (c.residual ? residual.get(offset(ys, o, ch, i)) : 0);
-    if (c.activation == Activation::relu) want = std::max(want, 0.0);
+    const double want = curve.value(term + beta[ch] + (c.residual ? residual.get(offset(ys, o, ch, i)) : 0));
     const double got = y.get(offset(ys, o, ch, i)), size = 1 + std::fabs(term) + std::fabs(want);
     worst.include(std::fabs(got - want) / size);
   });

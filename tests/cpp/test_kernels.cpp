@@ -57,19 +57,22 @@ int main() {
     unsigned seed = 1;
     for (const Extent& e : extents)
       for (DType d : {DType::f32, DType::f64, DType::bf16, DType::f16})
-        for (int variant = 0; variant < 4; ++variant) {
+        for (int variant = 0; variant < 5; ++variant) {
           const int64_t elements = e.outer * e.channels * e.inner;
           if (elements > 50000 && variant % 2) continue;
           if (elements > 300000 && d != DType::f32) continue;
           const double mean = variant == 0 ? 0 : variant == 1 ? 10 : d == DType::f32 || d == DType::f64 ? 1e4 : 3;
-          run_case(backend, {.dtype = d, .extent = e, .activation = variant % 2 ? Activation::relu : Activation::none,
-                             .residual = variant >= 2, .affine = variant != 0, .padded = variant == 1 || variant == 2,
-                             .expanded = variant == 3, .renorm = variant == 1 || variant == 3, .unbiased = variant < 2,
-                             .mean = mean, .deviation = 1.0},
+          const Curve& curve = variant >= 3 ? curves()[seed % curves().size()]
+                                            : curve_of(variant == 1 ? Activation::relu : Activation::none, 0);
+          run_case(backend, {.dtype = d, .extent = e, .activation = curve.activation, .residual = variant / 2 == 1,
+                             .affine = variant != 0, .padded = variant == 1 || variant == 2, .expanded = variant == 3,
+                             .renorm = variant == 1 || variant == 3, .unbiased = variant < 2, .mean = mean,
+                             .deviation = 1.0, .number = curve.number},
                    seed++);
         }
     check_conversions(backend);
     check_relu(backend);
+    check_activations(backend, 20011);
     check_far_values(backend, far_extents);
   }
   const bool forced = !cpu::force("no such table") && cpu::force("baseline");
