@@ -6,7 +6,7 @@ from paths import PATHS
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from torch_bn import functional
+from torch_bn import _operators, functional
 
 C = 3
 SHAPES = {"(N, C)": (7, C), "NCHW": (4, C, 2, 2), "channels_last": (5, C, 1, 3)}
@@ -74,3 +74,32 @@ def test_adjustment(shape, per_channel, virtual_batch_size, fused):
     inputs = (x, weight, bias, scale, shift)
     assert gradcheck(run, inputs)
     assert gradgradcheck(run, inputs)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("virtual_batch_size", [None, 3], ids=["one group", "ghosts of three at most"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_derivatives_of_a_penalty_on_gradients_up_to_the_third(shape, virtual_batch_size, activation):
+    """The gradient that comes from above depends on the input, too, as behind every layer that is not linear."""
+    x, weight, bias = example(shape)
+    leaves = [x, weight, bias, torch.randn_like(x).requires_grad_()]
+
+    def derivatives(fused: bool) -> list[Tensor]:
+        y = functional.batch_norm(
+            *(x, None, None, weight, bias, True),
+            virtual_batch_size=virtual_batch_size,
+            residual=leaves[3],
+            activation=activation,
+            fused=fused,
+        )
+        found, value = [y], y.pow(3).sum()
+        for _ in range(3):
+            gradients = torch.autograd.grad(value, leaves, create_graph=True)
+            found += gradients
+            value = sum(gradient.pow(2).sum() for gradient in gradients)
+        return found
+
+    for one, other in zip(derivatives(True), derivatives(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -193,9 +193,11 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
     const bool create_graph = at::GradMode::is_enabled();
     const auto saved = ctx->get_saved_variables();
     at::AutoGradMode record(true);
-    // Without a graph to extend, the operations below are recorded on copies, and their graph ends there.
+    // Where the graph of the operations below starts. Without one to extend it ends there. NB: else it starts at views, as
+    // dy may depend on x, and weight too: by way of them autograd::grad would find those parts a second time.
     const auto start = [&](const Tensor& t) {
-      return !t.defined() || create_graph ? t : t.detach().requires_grad_(t.requires_grad());
+      if (!t.defined()) return t;
+      return create_graph ? t.view_as(t) : t.detach().requires_grad_(t.requires_grad());
     };
     const Tensor dy = start(saved[0]), x = start(saved[1]), weight = start(saved[2]);
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
