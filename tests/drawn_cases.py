@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from formulas import Rules, State, Value, formulas
+from formulas import Rules, State, Value, curve_of, formulas
 from hypothesis import strategies as st
 from numpy import ndarray
 from torch import Tensor
 
+from torch_bn._checks import Activation, activation_and_number
 from torch_bn.functional import RenormState
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [1, 2, 3, 4, 5, 7, 8, 17]
 LARGEST = 4000  # values of an input
+ACTIVATIONS = [None, "relu", ("leaky_relu", 0.3), ("elu", 1.5), "silu", "gelu", "gelu_tanh", "hardswish"]
 
 
 def cut(x: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class Case:
     virtual_batch_size: int | None
     adjustment: str | None
     residual: str | None  # its layout
-    activation: str | None
+    activation: Activation
     steps: int
     offset: float
 
@@ -98,7 +100,7 @@ class Case:
         return Rules(
             *(self.axes, self.eps, self.momentum, self.renorm, self.renorm_momentum, self.clipping, self.groups),
             unbiased=not self.renorm,
-            relu=self.activation == "relu",
+            activation=activation_and_number(self.activation),
         )
 
 
@@ -138,7 +140,7 @@ def cases(draw: st.DrawFn, divides: bool = False) -> Case:
         virtual_batch_size=ghosts,
         adjustment=None if divides and ghosts else draw(adjustments),
         residual=None if divides else draw(st.none() | st.sampled_from(list(LAYOUTS))),
-        activation=None if divides else draw(st.sampled_from([None, "relu"])),
+        activation=None if divides else draw(st.sampled_from(ACTIVATIONS)),
         steps=draw(st.integers(1, 3)),
         offset=draw(st.sampled_from([0.0, 0.5, 20.0] if dtype != torch.float64 else [0.0])),  # the oracle is as exact
     )
@@ -243,8 +245,9 @@ class Numbers:
 
     def away_from_the_kink(self, x: Tensor, dy: Tensor, kept: dict[str, Tensor], residual: Tensor | None) -> Tensor:
         """dy, but zero where rounding decides on which side of an activation's kink an element lies."""
-        if self.case.activation is None:
+        kink = curve_of(*self.case.rules.activation).kink
+        if kink is None:
             return dy
         before = self.expected(x, dy, kept, residual=residual)[0]["before"]
-        near = torch.from_numpy(np.abs(before.value) < 2**-6 * before.size).to(dy.device)
+        near = torch.from_numpy(np.abs(np.abs(before.value) - kink) < 2**-6 * before.size).to(dy.device)
         return dy.masked_fill_(near, 0)  # with the strides that it has

@@ -5,6 +5,7 @@ what was summed for it, the measure of its rounding error.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +37,59 @@ class Rules:
     clipping: dict[str, float] = field(default_factory=dict)
     groups: int = 1
     unbiased: bool = True
-    relu: bool = False
+    activation: tuple[str | None, float] = (None, 0.0)
+
+
+@dataclass
+class Curve:
+    """An activation: its values and slopes, and how far from 0 its slope jumps."""
+
+    value: Callable[[ndarray], ndarray]
+    slope: Callable[[ndarray], ndarray]
+    kink: float | None = None
+
+
+def curve_of(name: str | None, number: float) -> Curve:
+    """By the definitions (GELU: Hendrycks and Gimpel, 2016, arXiv:1606.08415)."""
+    cumulative = np.vectorize(lambda z: math.erfc(-z / math.sqrt(2)) / 2, otypes=[float])
+
+    def density(z: ndarray) -> ndarray:
+        return np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+    def logistic(z: ndarray) -> ndarray:
+        return (1 + np.tanh(z / 2)) / 2
+
+    def inner(z: ndarray) -> ndarray:
+        return math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)
+
+    def step(z: ndarray, below: ndarray | float) -> ndarray:
+        return np.where(z > 0, 1.0, below)
+
+    def bend(z: ndarray) -> ndarray:
+        return logistic(z) * logistic(-z)
+
+    curves = {
+        None: Curve(lambda z: z, np.ones_like),
+        "relu": Curve(lambda z: np.maximum(z, 0), lambda z: step(z, 0), 0),
+        "leaky_relu": Curve(lambda z: np.where(z > 0, z, z * number), lambda z: step(z, number), 0),
+        "elu": Curve(
+            lambda z: np.where(z > 0, z, number * np.expm1(np.minimum(z, 0))),
+            lambda z: step(z, number * np.exp(np.minimum(z, 0))),
+            0,
+        ),
+        "silu": Curve(lambda z: z * logistic(z), lambda z: logistic(z) + z * bend(z)),
+        "gelu": Curve(lambda z: z * cumulative(z), lambda z: cumulative(z) + z * density(z)),
+        "gelu_tanh": Curve(
+            lambda z: z * logistic(inner(z)),
+            lambda z: logistic(inner(z)) + z * bend(inner(z)) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z**2),
+        ),
+        "hardswish": Curve(
+            lambda z: z * np.clip(z + 3, 0, 6) / 6,
+            lambda z: np.where(z <= -3, 0, np.where(z >= 3, 1, z / 3 + 0.5)),
+            3,
+        ),
+    }
+    return curves[name]
 
 
 @dataclass
@@ -96,24 +149,28 @@ def formulas(
     adjusted, size_of_adjusted = z * scale + shift, size_of_z * abs(scale) + abs(shift)
     before = adjusted * weight + bias + residual
     size_of_before = size_of_adjusted * abs(weight) + abs(bias) + abs(residual)
-    if rules.relu:
-        dy = np.where(before > 0, dy, 0)
-    q = dy * weight * scale * r
+    curve = curve_of(*rules.activation)
+    dz = np.where(curve.slope(before) == 0, 0, dy * curve.slope(before))
+    # The slope of most changes as z does, by no more than the number of elu or 1.
+    bent = rules.activation[0] not in (None, "relu", "leaky_relu")
+    size_of_dz = abs(dz) + (abs(dy) * size_of_before * max(1, rules.activation[1]) if bent else 0)
+    q, size_of_q = dz * weight * scale * r, size_of_dz * abs(weight * scale * r)
     dx, size_of_dx = np.empty_like(x), np.empty_like(x)
     for part, inv in zip(parts, inverses, strict=True):
         h, size_of_h = x_hat[part], size_of_x_hat[part]
         dx[part] = (q[part] - mean_of(q[part]) - h * mean_of(q[part] * h)) * inv
-        size_of_dx[part] = (abs(q[part]) + mean_of(abs(q[part])) + size_of_h * mean_of(abs(q[part]) * size_of_h)) * inv
+        size = size_of_q[part]
+        size_of_dx[part] = (size + mean_of(size) + size_of_h * mean_of(size * size_of_h)) * inv
 
     results = {
-        "y": Value(np.maximum(before, 0) if rules.relu else before, size_of_before),
+        "y": Value(curve.value(before), size_of_before * max(1, rules.activation[1])),
         "before": Value(before, size_of_before),
-        "dresidual": Value(dy, abs(dy)),
+        "dresidual": Value(dz, size_of_dz),
         "dx": Value(dx, size_of_dx),
-        "dweight": total(dy * adjusted, dy * size_of_adjusted, mean.shape),
-        "dbias": total(dy, dy, mean.shape),
-        "dscale": total(dy * weight * z, dy * weight * size_of_z, scale.shape),
-        "dshift": total(dy * weight, dy * weight, shift.shape),
+        "dweight": total(dz * adjusted, size_of_dz * size_of_adjusted, mean.shape),
+        "dbias": total(dz, size_of_dz, mean.shape),
+        "dscale": total(dz * weight * z, size_of_dz * weight * size_of_z, scale.shape),
+        "dshift": total(dz * weight, size_of_dz * weight, shift.shape),
     }
     return results, entered(state, rules, mean, sum(entering) / rules.groups, stddev)
 

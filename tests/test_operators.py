@@ -76,22 +76,22 @@ def test_opcheck_of_groups_and_renorm(ops, groups, renorm, keep):
     torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "elu", "silu"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_opcheck_of_residual_and_activation(ops, training, activation):
     call = arguments()
     call[6] = training
     residual = torch.randn_like(call[0], requires_grad=True)
-    call = [*call, 1, True, True, *NO_AVERAGES, None, residual, activation]
+    call = [*call, 1, True, True, *NO_AVERAGES, None, residual, activation, 1.5]
     torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "elu"])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
 def test_opcheck_of_what_lies_below(ops, renorm, groups, activation):
     x, weight, bias, mean, var, counter, _, momentum, eps, axis = arguments(requires_grad=False)
-    ending = (torch.randn_like(x) if activation else None, activation)
+    ending = (torch.randn_like(x) if activation else None, activation, 1.5)
     more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None, *ending)
     forward = (x, weight, bias, mean, var, counter, momentum, eps, axis, *more)
     torch.library.opcheck(ops._batch_norm_forward.default, forward, test_utils=CHECKED)
@@ -105,7 +105,7 @@ def test_opcheck_of_what_lies_below(ops, renorm, groups, activation):
         for needs_input_grad in (True, False):
             backward = (dy, x, weight, saved, training, eps, axis, groups, needs_input_grad)
             if activation:
-                backward += (bias, *ending, not needs_input_grad)
+                backward += (bias, *ending[:2], not needs_input_grad, ending[2])
             torch.library.opcheck(ops._batch_norm_backward.default, backward, test_utils=CHECKED)
 
 

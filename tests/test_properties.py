@@ -189,7 +189,7 @@ def test_the_reference_follows_the_formulas_to_the_last_digits(case):
         inputs = numbers.inputs(x, residual)
         y = reference.batch_norm(
             *(inputs["dx"], inputs["dweight"], inputs["dbias"], mean, var, counter, True, case.momentum, case.eps),
-            *(case.axis, case.groups, True, False, renorm, None, inputs["dresidual"], case.activation),
+            *(case.axis, case.groups, True, False, renorm, None, inputs["dresidual"], *case.rules.activation),
         )
         assert_step({"y": y, **gradients_of(y, dy, inputs)}, step, torch.float64)
         assert_state(kept, after, torch.float64)

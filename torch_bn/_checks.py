@@ -1,5 +1,7 @@
 """What every argument of a batch normalization must be: the checks of the path without kernels and of fake tensors."""
 
+import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -7,7 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("relu",)
+Activation = str | tuple[str, float] | None
+"""What users give: a name, or one with its number."""
+NUMBERS = {"leaky_relu": 0.01, "elu": 1.0}  # of the activations that have one, where none is given
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish")
+_NAMES = ", ".join(repr(name) for name in ACTIVATIONS[:-1]) + f" or {ACTIVATIONS[-1]!r}"
 
 
 class Renorm(NamedTuple):
@@ -82,7 +88,8 @@ def check(
         ValueError           batch_norm: residual must have the input's shape [2, 4], got [2, 3]
         TypeError            batch_norm: residual must be Float, Double, Half or BFloat16, got Long
         RuntimeError         batch_norm: input is on cpu but residual is on meta
-        ValueError           batch_norm: activation must be None or 'relu', got 'tanh'
+        ValueError           batch_norm: activation must be None, 'relu', 'leaky_relu', 'elu', 'silu', 'gelu',
+                             'gelu_tanh' or 'hardswish', got 'tanh'
 
     The three about single values and eps are made only when `strict`, and with several groups the first of them ends in
     " in 4 groups". The order is: running_mean is checked for presence, then length; running_var the same; weight's,
@@ -161,8 +168,33 @@ def check(
     if residual is not None:
         check_residual(residual, input)
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"batch_norm: activation must be None or 'relu', got '{activation}'")
+        raise ValueError(f"batch_norm: activation must be None, {_NAMES}, got '{activation}'")
     return axis
+
+
+def activation_and_number(activation: object) -> tuple[str | None, float]:
+    """An activation as the operators take it. Raises ValueError for what is none::
+
+        batch_norm: activation must be None, 'relu', ... or 'hardswish', or a pair of a name and a number, got ReLU()
+        batch_norm: activation must be 'leaky_relu' or 'elu' to have a number, got ('silu', 2.0)
+        batch_norm: the number of an activation must be finite, got ('elu', nan)
+
+    The operators check the name alone.
+    """
+    if activation is None:
+        return None, 0.0
+    if isinstance(activation, str) and activation in ACTIVATIONS:
+        return activation, NUMBERS.get(activation, 0.0)
+    if not (isinstance(activation, tuple) and len(activation) == 2 and activation[0] in ACTIVATIONS):
+        raise ValueError(
+            f"batch_norm: activation must be None, {_NAMES}, or a pair of a name and a number, got {activation!r}"
+        )
+    name, number = activation
+    if name not in NUMBERS:
+        raise ValueError(f"batch_norm: activation must be 'leaky_relu' or 'elu' to have a number, got {activation!r}")
+    if not (isinstance(number, (float, Real)) and math.isfinite(number)):
+        raise ValueError(f"batch_norm: the number of an activation must be finite, got {activation!r}")
+    return name, float(number)
 
 
 def check_residual(residual: Tensor, input: Tensor) -> None:

@@ -41,6 +41,7 @@ def _forward(
     statistics: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
+    activation_number: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     averages = (renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight)
     renorm = None if renorm_mean is None else Renorm(*averages, renorm_momentum)  # type: ignore[arg-type]
@@ -63,6 +64,7 @@ def _inference(
     strict: bool,
     residual: Tensor | None,
     activation: str | None,
+    activation_number: float = 0.0,
 ) -> Tensor:
     check(
         input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict, None, None,
@@ -85,6 +87,7 @@ def _backward(
     residual: Tensor | None = None,
     activation: str | None = None,
     needs_residual_grad: bool = False,
+    activation_number: float = 0.0,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     grad_input = _output(input) if needs_input_grad else None

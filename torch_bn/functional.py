@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _operators, _shapes, reference, updates
-from ._checks import ACTIVATIONS, Renorm, check, check_residual
+from ._checks import Activation, Renorm, activation_and_number, check, check_residual
 from .schedules import check_clipping, clipping_at
 
 
@@ -43,6 +43,7 @@ class Ending(NamedTuple):
 
     residual: Tensor | None = None
     activation: str | None = None
+    activation_number: float = 0.0
 
 
 def batch_norm(
@@ -61,7 +62,7 @@ def batch_norm(
     renorm_momentum: float = 0.01,
     virtual_batch_size: int | None = None,
     adjustment: Callable[[torch.Size], Any] | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     residual: Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
@@ -98,8 +99,11 @@ def batch_norm(
             groups; r and d are shared. Default: None, one group.
         adjustment: called in training with the input's size; returns (a, b), tensors, arrays or numbers: C values,
             one per channel, or what broadcasts against the input. Gradients flow into both. Default: None.
-        activation: "relu", applied in the same pass. Its derivative is found again from the input, so that the output
-            need not be kept. Default: None, none.
+        activation: applied in the same pass: "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh" (GELU with the
+            approximation by tanh) or "hardswish", or a pair such as ("leaky_relu", 0.2) with the slope of leaky_relu or
+            the alpha of elu, any finite number; by default 0.01 and 1. Values and derivatives are those of
+            torch.nn.functional. The derivative is found again from the input, so that the output need not be kept.
+            Default: None, none.
         residual: added before the activation in the same pass; of the input's shape and any of the four dtypes, in
             whose precision its gradient comes. Default: None.
         fused: None takes the compiled kernels where they can serve and plain torch operations where not (no kernels
@@ -143,9 +147,9 @@ def batch_norm(
     _check_types(input, running_mean, running_var, weight, bias, training, momentum, eps, fused)
     check_virtual_batch_size(virtual_batch_size)
     check_renorm(renorm, renorm_clipping, renorm_momentum)
-    check_activation(activation)
+    name, number = activation_and_number(activation)
     check_residual_type(residual)
-    ending = None if residual is None and activation is None else Ending(residual, activation)
+    ending = None if residual is None and name is None else Ending(residual, name, number)
     plain = renorm is None and virtual_batch_size is None and adjustment is None
     if isinstance(axes, int) and (plain or not training):
         return _batch_norm(
@@ -208,7 +212,7 @@ def _batch_norm_with(
     y = _batch_norm(
         *(x, None if general else weight, None if general else bias, running_mean, running_var, num_batches_tracked),
         *(training, momentum, eps, axis, fused, extras),
-        None if general else Ending(added, ending.activation),
+        None if general else ending._replace(residual=added),
     )
     y = _shapes.scattered(y, input, axes)
     if adjusted is None or not general:
@@ -281,11 +285,6 @@ def _batch_norm(
 
 
 _NO_RENORM = (None, None, None, None, 0.01, None, None, None)
-
-
-def check_activation(activation: object) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
 
 
 def check_residual_type(residual: object) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ._checks import Renorm
+from ._checks import Activation, Renorm, activation_and_number
 from ._shapes import adjustment_of, groups_of
 from .functional import (
     Ending,
@@ -15,7 +15,6 @@ from .functional import (
     _batch_norm,
     _batch_norm_with,
     _check_fused,
-    check_activation,
     check_renorm_momentum,
     check_residual_type,
     check_virtual_batch_size,
@@ -52,9 +51,11 @@ _ARGUMENTS = """
             those of group i % G; for large batches. Default: None.
         adjustment: called in training with the input's size, returns the (scale, bias) that act before weight and bias:
             one value per channel, or what broadcasts against the input. Default: None.
-        activation: "relu" at the end, in the same pass: layer(x) is relu(bn(x)), and layer(x, residual) is
-            relu(bn(x) + residual). Default: None, none; the residual is added all the same. The forward takes one for
-            the call, too: layer(x, residual, "relu").
+        activation: what comes at the end, in the same pass: with "relu" layer(x) is relu(bn(x)), and layer(x, residual)
+            is relu(bn(x) + residual). Or "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish", or a pair such
+            as ("leaky_relu", 0.2) with the slope of leaky_relu, by default 0.01, or the alpha of elu, by default 1.
+            Default: None, none; the residual is added all the same. The forward takes one for the call, too:
+            layer(x, residual, "relu").
         fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
             they can serve.
 
@@ -70,7 +71,8 @@ _ARGUMENTS = """
 
     Raises:
         ValueError: an input of another rank, one value per channel (of a group) in training, `axis` out of range,
-            renorm without running statistics, unknown keys in renorm_clipping, virtual_batch_size not positive.
+            renorm without running statistics, unknown keys in renorm_clipping, virtual_batch_size not positive, an
+            unknown activation.
         RuntimeError: an input with another number of channels, or on another device.
         TypeError: `axis` not an int, `fused` not one of its three values.
         The others are those of :func:`torch_bn.functional.batch_norm`. The state does not change then.
@@ -89,7 +91,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     renorm_momentum: float = 0.01
     virtual_batch_size: int | None = None
     adjustment: Callable[[torch.Size], Any] | None = None
-    activation: str | None = None
+    activation: Activation = None
     fused: bool | None = None
 
     renorm_mean: Tensor
@@ -115,7 +117,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         renorm_momentum: float = 0.01,
         virtual_batch_size: int | None = None,
         adjustment: Callable[[torch.Size], Any] | None = None,
-        activation: str | None = None,
+        activation: Activation = None,
         fused: bool | None = None,
     ) -> None:
         index = self._checked_axis(axis)
@@ -128,7 +130,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "fused": fused,
         }
         check_options(options, track_running_stats)
-        check_activation(activation)
+        activation_and_number(activation)  # raises if it is none
         affine = bool(affine and (scale or bias))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         # torch before 2.13 has no `bias` keyword, and none has `scale`.
@@ -179,7 +181,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: Activation = None) -> Tensor:
         if not isinstance(input, Tensor):
             return self._in_graph_of(input, residual, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -205,8 +207,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             activation = self.activation
         if residual is not None or activation is not None:
             check_residual_type(residual)
-            check_activation(activation)
-            ending = Ending(residual, activation)
+            ending = Ending(residual, *activation_and_number(activation))
         extras = None
         if training and (self.renorm or self.virtual_batch_size is not None or self.adjustment is not None):
             groups = groups_of(input, self.axis, self.virtual_batch_size)

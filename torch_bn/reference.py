@@ -5,7 +5,10 @@ the paper (Ioffe and Szegedy, 2015, arXiv:1502.03167, algorithms 1 and 2), not f
 is not repeated in the other.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
@@ -31,6 +34,7 @@ def batch_norm(
     statistics: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    activation_number: float = 0.0,
 ) -> Tensor:
     """Normalises each channel of the input; the compiled operator's arguments, meaning, checks and errors.
 
@@ -58,7 +62,8 @@ def batch_norm(
         statistics: float64 [2, C] or None. Receives what would enter the running statistics, which then stay as they
             are: :func:`update_statistics` enters it later.
         residual: of the input's shape, any of the four dtypes, or None.
-        activation: "relu", or None for none.
+        activation: "relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh" or "hardswish", or None for none.
+        activation_number: the slope of leaky_relu, the alpha of elu; without effect on the others.
 
     Returns:
         y, with the input's shape and dtype, contiguous or channels_last as the input suggests.
@@ -102,14 +107,26 @@ def batch_norm(
         if bias is not None:
             y = y + bias.to(x.dtype).reshape(shape)
         results.append(y)
-    return _laid_out_like(activated(_interleaved(results), residual, activation).to(input.dtype), input)
+    y = activated(_interleaved(results), residual, activation, activation_number)
+    return _laid_out_like(y.to(input.dtype), input)
 
 
-def activated(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+def activated(y: Tensor, residual: Tensor | None, activation: str | None, activation_number: float = 0.0) -> Tensor:
     """What comes last: activation(y + residual), in y's dtype."""
     if residual is not None:
         y = y + residual.to(y.dtype)
-    return y if activation is None else torch.relu(y)
+    return y if activation is None else _ACTIVATIONS[activation](y, activation_number)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu": lambda z, _: torch.relu(z),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "silu": lambda z, _: F.silu(z),
+    "gelu": lambda z, _: F.gelu(z),
+    "gelu_tanh": lambda z, _: F.gelu(z, approximate="tanh"),
+    "hardswish": lambda z, _: F.hardswish(z),
+}
 
 
 def update_statistics(

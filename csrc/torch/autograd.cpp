@@ -4,8 +4,13 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/elu_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/hardswish_backward.h>
+#include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/rsqrt.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/var_mean.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -13,6 +18,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "activations.h"
 #include "autograd.h"
 
 namespace torch_bn {
@@ -31,11 +37,11 @@ using Forward = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, int64_t, int64_t, bool,
                     bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&,
-                    const OptionalTensor&, Name);
+                    const OptionalTensor&, Name, double);
 using Inference = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name);
+                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double);
 using Backward = Four(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
-                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool);
+                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double);
 
 template <class Signature>
 auto find(const char* name) {
@@ -63,14 +69,18 @@ struct Constants {
   bool training;
   double eps;
   int64_t axis, groups;
-  bool relu;
+  Activation activation;
+  double number;       // of the activation
   bool first, second;  // of BatchNorm: has a bias, has a residual; of BatchNormBackward: needs dx, needs the residual's
 
-  Name activation() const { return relu ? Name("relu") : std::nullopt; }
+  bool activated() const { return activation != Activation::none; }
+  /// The derivative of z depends on z, not only on its sign.
+  bool curved() const { return activation > Activation::relu; }
 
   /// NB: a tiny layer's backward notices every element of the tuple.
   c10::IValue pack() const {
-    const int64_t flags = training | relu << 1 | first << 2 | second << 3;
+    const int64_t flags = training | first << 1 | second << 2 | int64_t(activation) << 3;
+    if (has_number(activation)) return c10::ivalue::Tuple::create(flags, eps, axis, groups, number);
     return c10::ivalue::Tuple::create(flags, eps, axis, groups);
   }
   static Constants unpack(const c10::IValue& packed) {
@@ -78,7 +88,8 @@ struct Constants {
     const auto& v = tuple->elements();
     const int64_t flags = v[0].toInt();
     const auto flag = [=](int place) { return bool(flags >> place & 1); };
-    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), flag(1), flag(2), flag(3)};
+    const double number = v.size() > 4 ? (v.end() - 1)->toDouble() : 0;
+    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), Activation(flags >> 3), number, flag(1), flag(2)};
   }
 };
 
@@ -89,7 +100,7 @@ struct Shifts {
 
 /// The gradients of input, weight, bias and residual as differentiable operations on (grad_output, input, weight): what
 /// the kernels compute, so that autograd finds its derivatives. In training the statistics depend on the input and are
-/// computed anew. r and d of renorm are constants, and so is where relu lets a gradient through.
+/// computed anew. r and d of renorm are constants.
 class DifferentiableGradients {
  public:
   DifferentiableGradients(const Tensor& input, const Tensor& weight, const Tensor& saved, const Shifts& shifts,
@@ -103,10 +114,10 @@ class DifferentiableGradients {
     if (saved.size(0) > 2 * call.groups) r_ = row(2 * call.groups), d_ = row(2 * call.groups + 1);
     factor_ = weight.defined() ? weight.to(type_).view(shape_) : Tensor();
     if (r_.defined()) factor_ = factor_.defined() ? factor_ * r_ : r_;
-    if (!call.relu) return;
-    if (shifts.bias.defined()) shift_ = shifts.bias.detach().to(type_).view(shape_);
+    if (!call.activated()) return;
+    if (shifts.bias.defined()) shift_ = in_z(shifts.bias).to(type_).view(shape_);
     if (!d_.defined()) return;
-    const Tensor moved = weight.defined() ? d_ * weight.detach().to(type_).view(shape_) : d_;
+    const Tensor moved = weight.defined() ? d_ * in_z(weight).to(type_).view(shape_) : d_;
     shift_ = shift_.defined() ? shift_ + moved : moved;
   }
 
@@ -134,6 +145,26 @@ class DifferentiableGradients {
   }
 
  private:
+  /// What z is made of: a constant for relu, whose derivative depends on no more than the sign.
+  Tensor in_z(const Tensor& t) const { return call_.curved() ? t : t.detach(); }
+
+  Tensor through_activation(const Tensor& dy, const Tensor& z) const {
+    switch (call_.activation) {
+      case Activation::none: break;
+      case Activation::relu: return dy.masked_fill(z <= 0, 0);
+      case Activation::leaky_relu: return at::leaky_relu_backward(dy, z, call_.number, /*self_is_result=*/false);
+      case Activation::elu: return at::elu_backward(dy, call_.number, 1, 1, /*is_result=*/false, z);
+      case Activation::silu: {  // NB: at::silu_backward has no derivative
+        const Tensor s = at::sigmoid(z);
+        return dy * (s * (z * (1 - s) + 1));
+      }
+      case Activation::gelu: return at::gelu_backward(dy, z, "none");
+      case Activation::gelu_tanh: return at::gelu_backward(dy, z, "tanh");
+      case Activation::hardswish: return at::hardswish_backward(dy, z);
+    }
+    return dy;
+  }
+
   Tensor row(int64_t i) const { return saved_.select(0, i).to(type_).view(shape_); }
 
   variable_list of_group(const Tensor& grad_output, const Tensor& input, const Tensor& residual, int64_t group) const {
@@ -148,12 +179,12 @@ class DifferentiableGradients {
       scale = row(call_.groups + group);
     }
     const Tensor xhat = deviation * scale;
-    if (call_.relu) {
-      Tensor z = xhat.detach();
-      if (factor_.defined()) z = z * factor_.detach();
+    if (call_.activated()) {
+      Tensor z = in_z(xhat);
+      if (factor_.defined()) z = z * in_z(factor_);
       if (shift_.defined()) z = z + shift_;
-      if (residual.defined()) z = z + residual.detach().to(type_);
-      dy = dy.masked_fill(z <= 0, 0);
+      if (residual.defined()) z = z + in_z(residual).to(type_);
+      dy = through_activation(dy, z);
     }
     const Tensor dxhat = factor_.defined() ? dy * factor_ : dy;
     Tensor dx = dxhat * scale;
@@ -183,7 +214,7 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
     ctx->set_materialize_grads(false);
     const auto [dx, dweight, dbias, dresidual] =
         backward_op().call(grad_output, input, weight, saved, call.training, call.eps, call.axis, call.groups,
-                           call.first, bias, residual, call.activation(), call.second);
+                           call.first, bias, residual, name_of(call.activation), call.second, call.number);
     // NB: the outputs of a Function must be there.
     const auto there = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
     return {there(dx), dweight, dbias, there(dresidual)};
@@ -201,7 +232,7 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
     };
     const Tensor dy = start(saved[0]), x = start(saved[1]), weight = start(saved[2]);
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
-    const Shifts shifts{saved[4], saved[5]};
+    const Shifts shifts = call.curved() ? Shifts{start(saved[4]), start(saved[5])} : Shifts{saved[4], saved[5]};
     variable_list gradients = DifferentiableGradients(x, weight, saved[3], shifts, call)(dy, x);
     if (!call.first) gradients[0] = Tensor();
     if (!call.second) gradients[3] = Tensor();
@@ -212,8 +243,10 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
         outputs.push_back(gradients[i]);
         output_grads.push_back(grads[i]);
       }
-    for (const auto& [place, t] : {std::pair<size_t, const Tensor*>{0, &dy}, {1, &x}, {2, &weight}})
-      if (t->defined() && t->requires_grad()) {
+    const std::pair<size_t, const Tensor*> all[] = {
+        {0, &dy}, {1, &x}, {2, &weight}, {4, &shifts.bias}, {5, &shifts.residual}};
+    for (const auto& [place, t] : all)
+      if (t->defined() && t->requires_grad() && (place < 4 || call.curved())) {
         inputs.push_back(*t);
         places.push_back(place);
       }
@@ -227,15 +260,19 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
 
 Four backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
               bool training, double eps, int64_t axis, int64_t groups, bool needs_input_grad,
-              const OptionalTensor& bias, const OptionalTensor& residual, Name activation, bool needs_residual_grad) {
-  if (at::GradMode::is_enabled() && (grad_output.requires_grad() || input.requires_grad() || needs_grad(weight))) {
-    const Constants call{training, eps, axis, groups, activation.has_value(), needs_input_grad, needs_residual_grad};
+              const OptionalTensor& bias, const OptionalTensor& residual, Name activation, bool needs_residual_grad,
+              double activation_number) {
+  const bool gradient = grad_output.requires_grad() || input.requires_grad() || needs_grad(weight) || needs_grad(bias) ||
+                        needs_grad(residual);
+  if (at::GradMode::is_enabled() && gradient) {
+    const Constants call{training, eps, axis, groups, activation_of(activation), activation_number, needs_input_grad,
+                         needs_residual_grad};
     const auto result = BatchNormBackward::apply(grad_output, input, weight, saved, bias, residual, call);
     return {result[0], result[1], result[2], result[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_op().call(grad_output, input, weight, saved, training, eps, axis, groups, needs_input_grad, bias,
-                            residual, activation, needs_residual_grad);
+                            residual, activation, needs_residual_grad, activation_number);
 }
 
 /// The arguments of batch_norm that have no derivative. As one, they cost autograd one.
@@ -251,17 +288,19 @@ struct Call {
   std::optional<double> rmin, rmax, dmax;
   const OptionalTensor& statistics;
   Name activation;
+  double activation_number;
 
   Two forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
               const OptionalTensor& residual) const {
     return forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, axis,
                              groups, unbiased, strict, renorm_mean, renorm_stddev, renorm_mean_weight,
                              renorm_stddev_weight, renorm_momentum, rmin, rmax, dmax, statistics, residual,
-                             activation);
+                             activation, activation_number);
   }
   Tensor inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual) const {
-    return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict, residual, activation);
+    return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict, residual, activation,
+                               activation_number);
   }
   /// Below autograd, and where nothing needs a gradient.
   Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -284,13 +323,13 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
       const Tensor mean = call.running_mean->to(at::kDouble).view(-1), var = call.running_var->to(at::kDouble).view(-1);
       saved = at::stack({mean, at::rsqrt(var + call.eps)});
     }
-    const bool relu = call.activation.has_value();
-    if (relu)
+    const Activation activation = activation_of(call.activation);
+    if (activation != Activation::none)
       ctx->save_for_backward({input, plain(weight), saved, plain(bias), plain(residual)});
     else
       ctx->save_for_backward({input, plain(weight), saved});
-    ctx->saved_data["call"] = Constants{call.training, call.eps, call.axis, call.training ? call.groups : 1, relu,
-                                        bias.has_value(), residual.has_value()}.pack();
+    ctx->saved_data["call"] = Constants{call.training, call.eps, call.axis, call.training ? call.groups : 1, activation,
+                                        call.activation_number, bias.has_value(), residual.has_value()}.pack();
     if (residual) ctx->saved_data["residual"] = residual->scalar_type();
     const auto usual = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (bias && (bias->dim() != 1 || bias->scalar_type() != usual))
@@ -308,8 +347,9 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool needs_residual_grad = has_residual && ctx->needs_input_grad(1 + weight.defined() + has_bias);
     const auto [dx, dweight, dbias, dresidual] = torch_bn::backward(
         grads[0], saved[0], optional(weight), saved[2], call.training, call.eps, call.axis, call.groups,
-        needs_input_grad, call.relu ? optional(saved[3]) : std::nullopt, call.relu ? optional(saved[4]) : std::nullopt,
-        call.activation(), call.relu && needs_residual_grad);
+        needs_input_grad, call.activated() ? optional(saved[3]) : std::nullopt,
+        call.activated() ? optional(saved[4]) : std::nullopt, name_of(call.activation),
+        call.activated() && needs_residual_grad, call.number);
     variable_list result(5);
     if (needs_input_grad) result[0] = dx;
     if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());
@@ -319,7 +359,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
       result[2] = like(dbias, kind->elements()[0].toScalarType(), kind->elements()[1].toIntVector());
     }
     if (needs_residual_grad) {  // without an activation dz is dy
-      const Tensor& dz = call.relu ? dresidual : grads[0];
+      const Tensor& dz = call.activated() ? dresidual : grads[0];
       result[3] = like(dz, ctx->saved_data["residual"].toScalarType(), dz.sizes());
     }
     return result;
@@ -339,10 +379,10 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
                   const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
                   const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
                   std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
-                  const OptionalTensor& residual, Name activation) {
+                  const OptionalTensor& residual, Name activation, double activation_number) {
   const Call call{running_mean, running_var, num_batches_tracked, training, momentum, eps, axis, groups, unbiased,
                   strict, renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight, renorm_momentum, rmin,
-                  rmax, dmax, statistics, activation};
+                  rmax, dmax, statistics, activation, activation_number};
   const bool gradient = input.requires_grad() || needs_grad(weight) || needs_grad(bias) || needs_grad(residual);
   if (at::GradMode::is_enabled() && gradient) return BatchNorm::apply(input, weight, bias, residual, call);
   at::AutoDispatchBelowADInplaceOrView below_autograd;

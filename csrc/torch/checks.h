@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "../kernels.h"
+#include "activations.h"
 
 namespace torch_bn {
 
@@ -170,12 +171,6 @@ inline void check_residual(const OptionalTensor& residual, const at::Tensor& inp
   TORCH_CHECK_VALUE(residual->sizes() == input.sizes(), "batch_norm: residual must have the input's shape ",
                     input.sizes(), ", got ", residual->sizes());
   check_kind(residual, "residual", input);
-}
-
-inline Activation activation_of(std::optional<std::string_view> name) {
-  if (!name) return Activation::none;
-  TORCH_CHECK_VALUE(*name == "relu", "batch_norm: activation must be None or 'relu', got '", *name, "'");
-  return Activation::relu;
 }
 
 /// Throws for bad arguments, before anything is changed; otherwise returns the axis counted from 0.

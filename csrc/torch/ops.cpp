@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
     const OptionalTensor& renorm_mean, const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
     const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
     std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
-    const OptionalTensor& residual, std::optional<std::string_view> activation) {
+    const OptionalTensor& residual, std::optional<std::string_view> activation, double activation_number) {
   const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
   const TrainingArguments more{groups, renorm, renorm_momentum, statistics};
   axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict,
@@ -202,6 +202,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
   backend.forward({.dtype = dtype,
                    .extent = extent,
                    .activation = act,
+                   .activation_number = activation_number,
                    .x = x.const_data_ptr(),
                    .x_strides = x_strides,
                    .residual = added.data(),
@@ -244,7 +245,8 @@ void update_statistics(const at::Tensor& statistics, const OptionalTensor& runni
 
 at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis,
-                     bool strict, const OptionalTensor& residual, std::optional<std::string_view> activation) {
+                     bool strict, const OptionalTensor& residual, std::optional<std::string_view> activation,
+                     double activation_number) {
   axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict, residual});
   const Activation act = activation_of(activation);
   const Layout layout(input, axis);
@@ -263,6 +265,7 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
   backend.inference({.dtype = dtype,
                      .extent = extent,
                      .activation = act,
+                     .activation_number = activation_number,
                      .x = x.const_data_ptr(),
                      .x_strides = x_strides,
                      .residual = added.data(),
@@ -282,7 +285,8 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& saved,
     bool training, double /*eps*/, int64_t axis, int64_t groups, bool needs_input_grad, const OptionalTensor& bias,
-    const OptionalTensor& residual, std::optional<std::string_view> activation, bool needs_residual_grad) {
+    const OptionalTensor& residual, std::optional<std::string_view> activation, bool needs_residual_grad,
+    double activation_number) {
   axis = check_backward(grad_output, input, weight, saved, axis, groups, bias, residual);
   const Activation act = activation_of(activation);
   const Layout layout(input, axis, groups);
@@ -305,6 +309,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   backend.backward({.dtype = dtype,
                     .extent = extent,
                     .activation = act,
+                    .activation_number = activation_number,
                     .training = training,
                     .dy = dy.const_data_ptr(),
                     .dy_strides = dy_strides,
@@ -337,14 +342,15 @@ TORCH_LIBRARY(torch_bn, m) {
   // running_var. strict: refuse what torch refuses, one value per channel and eps that is not positive. renorm_*: the
   // averages of Batch Renormalization, which then corrects what training normalises, within the bounds. statistics:
   // float64 [2, C]; it receives what would have entered the running statistics, which then stay. residual: of the
-  // input's shape, added before the activation, which is None or "relu".
+  // input's shape, added before the activation; kActivationNames has
+  // those. activation_number: the slope of leaky_relu, the alpha of elu.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int axis, int groups=1, "
       "bool unbiased=True, bool strict=True, Tensor(d!)? renorm_mean=None, Tensor(e!)? renorm_stddev=None, "
       "Tensor(f!)? renorm_mean_weight=None, Tensor(g!)? renorm_stddev_weight=None, float renorm_momentum=0.01, "
       "float? rmin=None, float? rmax=None, float? dmax=None, Tensor(h!)? statistics=None, Tensor? residual=None, "
-      "str? activation=None) -> Tensor",
+      "str? activation=None, float activation_number=0.0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // The two directions of that, below autograd. saved: float64 [2 * groups, C], the means and then the inverse
   // deviations of the groups; with renorm two rows more, the corrections r and d.
@@ -353,19 +359,19 @@ TORCH_LIBRARY(torch_bn, m) {
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis, int groups, "
       "bool unbiased, bool strict, Tensor(d!)? renorm_mean, Tensor(e!)? renorm_stddev, "
       "Tensor(f!)? renorm_mean_weight, Tensor(g!)? renorm_stddev_weight, float renorm_momentum, float? rmin, "
-      "float? rmax, float? dmax, Tensor(h!)? statistics, Tensor? residual, str? activation) -> "
-      "(Tensor output, Tensor saved)",
+      "float? rmax, float? dmax, Tensor(h!)? statistics, Tensor? residual, str? activation, "
+      "float activation_number=0.0) -> (Tensor output, Tensor saved)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-      "float eps, int axis, bool strict, Tensor? residual, str? activation) -> Tensor",
+      "float eps, int axis, bool strict, Tensor? residual, str? activation, float activation_number=0.0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // training: saved depends on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
   // A gradient that is not needed is None. bias and residual count with an activation.
   m.def(
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, float eps, "
       "int axis, int groups, bool needs_input_grad, Tensor? bias=None, Tensor? residual=None, str? activation=None, "
-      "bool needs_residual_grad=False) -> "
+      "bool needs_residual_grad=False, float activation_number=0.0) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       {at::Tag::pt2_compliant_tag});
   // Enters what batch_norm has written to `statistics` into the running ones.
