@@ -41,7 +41,7 @@ struct Forwarded {
 /// What a thread reads at one place, and dz of it.
 template <class K, bool kPlain>
 struct Upstream {
-  static constexpr int kUnroll = kPlain ? K::kUnroll : K::kUnroll / 2;
+  static constexpr int kUnroll = kPlain ? K::kUnroll : kIsCurved<K> ? K::kUnroll / 4 : K::kUnroll / 2;
   using T = typename K::Compute;
   typename K::Vector x, dy, residual;
 
@@ -66,7 +66,8 @@ struct Upstream {
       } else {
         T z = normalized<typename K::D>(deviation, forwarded[c]);
         if (p.residual) z += residual.elements()[e];
-        f(e, c, deviation, relu_gradient(z, gradient[e]));
+        if constexpr (kIsCurved<K>) f(e, c, deviation, curved_gradient(p, z, gradient[e]));
+        else f(e, c, deviation, relu_gradient(z, gradient[e]));
       }
     }
   }
@@ -193,6 +194,7 @@ cudaError_t backward(const BackwardParams& p, const Device& device, cudaStream_t
   };
   return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
     using K = decltype(kind);
+    if (is_curved(p.activation)) return run(sums_kernel<Curved<K>, false>, gradient_kernel<Curved<K>, false>);
     return p.activation == Activation::none ? run(sums_kernel<K, true>, gradient_kernel<K, true>)
                                             : run(sums_kernel<K, false>, gradient_kernel<K, false>);
   });

@@ -219,7 +219,8 @@ cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t s
     using K = decltype(kind);
     const cudaError_t error =
         launch(moments_kernel<K>, reduction.blocks(), Order::whole, stream, reduction, p, scratch, device.tickets);
-    return error ? error : launch(normalize_kernel<K>, map.blocks(), after_reduction(device), stream, map, p, scratch);
+    const auto normalize = is_curved(p.activation) ? normalize_kernel<Curved<K>> : normalize_kernel<K>;
+    return error ? error : launch(normalize, map.blocks(), after_reduction(device), stream, map, p, scratch);
   });
 }
 

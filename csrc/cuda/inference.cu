@@ -31,7 +31,9 @@ cudaError_t inference(const InferenceParams& p, const Device& device, cudaStream
   const int bytes = vector_bytes(p.dtype, p.extent, operands);
   const Plan plan = plan_for(p.dtype, p.extent, bytes, kMapRounds * device.blocks);
   return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
-    return launch(inference_kernel<decltype(kind)>, plan.blocks(), Order::whole, stream, plan, p);
+    using K = decltype(kind);
+    return launch(is_curved(p.activation) ? inference_kernel<Curved<K>> : inference_kernel<K>, plan.blocks(),
+                  Order::whole, stream, plan, p);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "../math/activation.h"
 #include "../math/affine.h"
+#include "activations.cuh"
 #include "walk.cuh"
 
 namespace torch_bn::cuda {
@@ -22,17 +23,18 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
+  double activation_number;
 
   template <class P>
   __device__ explicit NormalizeParams(const P& p)
       : x(p.x), x_strides(p.x_strides), residual(p.residual), residual_strides(p.residual_strides), y(p.y),
-        y_strides(p.y_strides), activation(p.activation) {}
+        y_strides(p.y_strides), activation(p.activation), activation_number(p.activation_number) {}
 };
 
 /// What a thread reads at one place, and what it writes there.
 template <class K>
 struct Normalize {
-  static constexpr int kUnroll = K::kUnroll;
+  static constexpr int kUnroll = kIsCurved<K> ? K::kUnroll / 2 : K::kUnroll;
   typename K::Vector x, residual;
 
   __device__ void load(const NormalizeParams& p, const Walk<K>& walk) {
@@ -49,7 +51,8 @@ struct Normalize {
       const Affine<T>& affine = affines[K::kPlanes ? 0 : e];
       T z = normalized<typename K::D>(from[e] - affine.center, affine);
       if (p.residual) z += residual.elements()[e];
-      if (p.activation == Activation::relu) z = relu(z);
+      if constexpr (kIsCurved<K>) z = curved(p, z);
+      else if (p.activation == Activation::relu) z = relu(z);
       to.set(e, z);
     }
     walk.store(p.y, p.y_strides, to.packed());

@@ -19,8 +19,9 @@ BN_INLINE V relu_gradient(V z, V dy) {
   return z <= V{} ? V{} : dy;
 }
 
-/// The logistic function and 1 - it, each without cancellation. M has the functions of a machine: exp and expm1 of what
-/// is not positive, normal; and Scalar, the type of its constants.
+/// The logistic function and 1 - it, each without cancellation; in one division, as a second one costs CUDA registers
+/// that it does not have. M has the functions of a machine: exp and expm1 of what is not positive, normal; and Scalar, the
+/// type of its constants.
 template <typename V>
 struct Logistic {
   V value, complement;
@@ -28,7 +29,8 @@ struct Logistic {
 template <class M, typename V>
 BN_INLINE Logistic<V> logistic(V z) {
   const V one = V{} + typename M::Scalar(1), small = M::exp(z < V{} ? z : -z);  // never overflows
-  return {(z < V{} ? small : one) / (one + small), (z < V{} ? one : small) / (one + small)};
+  const V share = one / (one + small), rest = small * share;
+  return {z < V{} ? rest : share, z < V{} ? share : rest};
 }
 
 /// The standard normal distribution: cumulative, and its density.

@@ -196,6 +196,24 @@ BUGS = [
         "return z > V{} ? dy : V{};",
     ),
     Bug(
+        "activation: its number ends in the forward",
+        "cuda/activations.cuh",
+        "T(p.activation_number), z);",
+        "T(0), z);",
+    ),
+    Bug(
+        "activation: its number ends in the backward",
+        "cuda/activations.cuh",
+        "T(p.activation_number), z, dy);",
+        "T(0), z, dy);",
+    ),
+    Bug(
+        "activation: the gradient of elu is that of its value",
+        "math/activation.h",
+        "dy * number * M::exp(",
+        "dy * number * M::expm1(",
+    ),
+    Bug(
         "inference: no barrier after the coefficients",
         "cuda/inference.cu",
         "  __syncthreads();\n",

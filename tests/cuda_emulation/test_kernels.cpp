@@ -75,8 +75,14 @@ Case make_case(const Shape& shape, DType dtype, unsigned number) {
 void run_shapes(const std::vector<Shape>& shapes, unsigned dtypes, unsigned seed) {
   unsigned number = seed * 7, first = seed;
   for (const Shape& shape : shapes) {
-    for (unsigned i = 0; i < dtypes; ++i, ++number)
-      run_case(emulated(shape.blocks, seed), make_case(shape, kDTypes[(first + i) % 4], number), number);
+    for (unsigned i = 0; i < dtypes; ++i, ++number) {
+      Case c = make_case(shape, kDTypes[(first + i) % 4], number);
+      run_case(emulated(shape.blocks, seed), c, number);
+      if (number % 4 != 0) continue;
+      const Curve& curve = curves()[number / 4 % curves().size()];
+      c.activation = curve.activation, c.number = curve.number;
+      run_case(emulated(shape.blocks, seed), c, number);
+    }
     ++first;
   }
 }
@@ -95,6 +101,7 @@ int main(int count, char** arguments) {
     if (set != "all") continue;
     run_shapes(long_shapes, 2, seed);
     check_conversions(few);
+    check_activations(few, 2000003);
     check_far_values(few, {{640, 6, 1}, {5, 6, 50}});
   }
   return report();
