@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "modules": {"_checks", "_shapes", "functional", "schedules"},
     "layers": {"_checks", "_shapes", "_store", "functional", "modules", "regularizers", "schedules"},
     "surgery": {"modules"},
-    "fusion": {"surgery"},
+    "fusion": {"_checks", "surgery"},
 }
 WITHOUT_TORCH = {"_build"}
 

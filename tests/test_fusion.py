@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import torch_bn
 
+NONE = "no activation that can be fused follows it"
+
 
 class Block(nn.Module):
     """As torchvision's Bottleneck: one ReLU in place for all, a sum in place, a shortcut that ends in a norm."""
@@ -83,9 +85,9 @@ def test_a_residual_network(convert):
         **{f"blocks.{i}.norm1": "relu" for i in range(3)},
         **{f"blocks.{i}.norm2": "add, relu" for i in range(3)},
     }
-    assert report.left == {f"blocks.{i}.shortcut.1": "no ReLU follows it" for i in (1, 2)}
+    assert report.left == {f"blocks.{i}.shortcut.1": NONE for i in (1, 2)}
     assert str(report).splitlines()[0] == "stem.1: relu"
-    assert str(report).splitlines()[-1] == "blocks.2.shortcut.1: left as it is, no ReLU follows it"
+    assert str(report).splitlines()[-1] == f"blocks.2.shortcut.1: left as it is, {NONE}"
 
 
 def test_a_bottleneck_keeps_its_class_and_can_be_copied_and_pickled():
@@ -121,6 +123,16 @@ WHOLE = {
     "torch.add": (lambda m, x: torch.add(x, m.one(x)), {"one": "add"}),
     "sum in place": (lambda m, x: m.one(x).add_(x).relu_(), {"one": "add, relu"}),
     "sum then something else": (lambda m, x: (m.one(x) + x).sigmoid(), {"one": "add"}),
+    "F.leaky_relu": (lambda m, x: F.leaky_relu(m.one(x)), {"one": "leaky_relu"}),
+    "F.leaky_relu of a slope": (lambda m, x: F.leaky_relu(m.one(x) + x, 0.3, True), {"one": "add, leaky_relu"}),
+    "F.leaky_relu of a named slope": (lambda m, x: F.leaky_relu(m.one(x), negative_slope=2), {"one": "leaky_relu"}),
+    "F.leaky_relu_": (lambda m, x: F.leaky_relu_(m.one(x), 0.3), {"one": "leaky_relu"}),
+    "F.elu": (lambda m, x: F.elu(m.one(x)), {"one": "elu"}),
+    "F.elu of an alpha": (lambda m, x: F.elu(m.one(x), alpha=1.7, inplace=True), {"one": "elu"}),
+    "F.silu": (lambda m, x: F.silu(x + m.one(x), inplace=True), {"one": "add, silu"}),
+    "F.gelu": (lambda m, x: F.gelu(m.one(x)), {"one": "gelu"}),
+    "F.gelu by tanh": (lambda m, x: F.gelu(m.one(x) + x, approximate="tanh"), {"one": "add, gelu_tanh"}),
+    "F.hardswish": (lambda m, x: F.hardswish(m.one(x)), {"one": "hardswish"}),
     "two norms": (lambda m, x: F.relu(m.one(x) + m.two(x)), {"one": "add, relu"}),
     "one after another": (lambda m, x: m.two(m.one(x).relu()) + x, {"one": "relu", "two": "add"}),
 }
@@ -138,16 +150,25 @@ def several_places(m: Norms, x: Tensor) -> Tensor:
     return m.relu(m.one(m.relu(m.one(x))))
 
 
+NEITHER = "neither a sum nor an activation that can be fused follows it"
 LEFT = {
     "used twice": (lambda m, x: (y := m.one(x)).relu() + y, "its output is used more than once"),
     "not used": (lambda m, x: [m.one(x), x][-1], "its output is not used"),
     "called twice": (several_places, "it is called more than once"),
     "not called": (lambda m, x: x, "its parent does not call it"),
-    "sigmoid": (lambda m, x: m.one(x).sigmoid(), "neither a sum nor a ReLU follows it"),
-    "sum with a number": (lambda m, x: (m.one(x) + 1).relu(), "neither a sum nor a ReLU follows it"),
-    "sum with a factor": (lambda m, x: torch.add(m.one(x), x, alpha=2), "neither a sum nor a ReLU follows it"),
-    "sum into the other": (lambda m, x: [z := x * 1, z.add_(m.one(x)), z][-1], "neither a sum nor a ReLU follows it"),
-    "twice itself": (lambda m, x: (y := m.one(x)) + y, "neither a sum nor a ReLU follows it"),
+    "sigmoid": (lambda m, x: m.one(x).sigmoid(), NEITHER),
+    "slope of a tensor": (
+        lambda m, x: F.leaky_relu(m.one(x), x.mean()),
+        NEITHER,
+    ),
+    "summand changed in place": (
+        lambda m, x: [r := x * 1, s := m.one(x) + r, F.leaky_relu(r, 0.3, True), F.relu(s) + r][-1],
+        "the other summand is changed in place after the sum",
+    ),
+    "sum with a number": (lambda m, x: (m.one(x) + 1).relu(), NEITHER),
+    "sum with a factor": (lambda m, x: torch.add(m.one(x), x, alpha=2), NEITHER),
+    "sum into the other": (lambda m, x: [z := x * 1, z.add_(m.one(x)), z][-1], NEITHER),
+    "twice itself": (lambda m, x: (y := m.one(x)) + y, NEITHER),
     "input changed": (
         lambda m, x: [z := x * 1, y := m.one(z), z.mul_(2), y + x][-1],
         "its input is changed in place before the sum",
@@ -182,7 +203,7 @@ def test_layers_with_hooks_are_left(hooked):
     model = Norms(lambda m, x: m.relu(m.one(x)))
     getattr(model, hooked).register_forward_hook(lambda *_: None)
     report = torch_bn.fuse(model)
-    expected = {"one": "it has hooks", "relu": "neither a sum nor a ReLU follows it"}[hooked]
+    expected = {"one": "it has hooks", "relu": NEITHER}[hooked]
     assert report.left["one"] == expected
 
 
@@ -201,11 +222,48 @@ def test_sequences_stay_sequences():
     model = randomized(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Sigmoid()))
     fused, report = fused_copy(model)
     x = torch.randn(3, 4, 5, 2, dtype=torch.float64)
-    assert report.fused == {"1": "relu"} and report.left == {"3": "no ReLU follows it"}
+    assert report.fused == {"1": "relu"} and report.left == {"3": NONE}
     assert type(fused) is nn.Sequential and type(fused[2]) is nn.Identity and type(fused[3]) is nn.BatchNorm2d
     assert_same_model(model, fused, x)
     torch.testing.assert_close(fused[:3](x), model[:3](x))
     assert_same_model(copy.deepcopy(model), pickle.loads(pickle.dumps(fused)), x)
+
+
+MODULES = {
+    "leaky_relu": nn.LeakyReLU(),
+    "leaky_relu of a slope": nn.LeakyReLU(0.3, inplace=True),
+    "elu": nn.ELU(),
+    "elu of an alpha": nn.ELU(1.7),
+    "silu": nn.SiLU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU(approximate="tanh"),
+    "hardswish": nn.Hardswish(),
+}
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_modules_of_every_activation(module, request):
+    """In a sequence, and after a sum in code of one's own."""
+    name = request.node.callspec.id.split()[0]
+    x = torch.randn(3, 4, 5, 2, dtype=torch.float64)
+    model = randomized(nn.Sequential(nn.BatchNorm2d(4), module))
+    fused, report = fused_copy(model)
+    assert report.fused == {"0": name} and type(fused[1]) is nn.Identity
+    assert_same_model(model, fused, x)
+    block = Norms(lambda m, x: m.relu(m.one(x) + x))
+    block.relu = module
+    fused, report = fused_copy(randomized(block))
+    assert report.fused == {"one": f"add, {name}"}
+    assert_same_model(block, fused, x)
+
+
+def test_modules_of_other_classes_are_left():
+    class Own(nn.LeakyReLU):
+        pass
+
+    for module in (Own(), nn.Hardtanh(), nn.ReLU6(), nn.LeakyReLU(torch.nan)):
+        report = torch_bn.fuse(nn.Sequential(nn.BatchNorm2d(4), module))
+        assert report.left == {"0": NONE}, module
 
 
 class Reversed(nn.Sequential):

@@ -3,7 +3,7 @@
 import importlib
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -13,9 +13,27 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from . import surgery
+from ._checks import Activation, activation_and_number
 
-_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_}
+_GELUS: dict[str, str] = {"none": "gelu", "tanh": "gelu_tanh"}  # by their approximation
+_MODULES: dict[type, Callable[[Any], Activation]] = {
+    nn.ReLU: lambda module: "relu",
+    nn.LeakyReLU: lambda module: ("leaky_relu", module.negative_slope),
+    nn.ELU: lambda module: ("elu", module.alpha),
+    nn.SiLU: lambda module: "silu",
+    nn.GELU: lambda module: _GELUS.get(module.approximate),
+    nn.Hardswish: lambda module: "hardswish",
+}
+_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((F.elu, F.elu_), "elu"),
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.hardswish: "hardswish",
+}
 _METHODS = {"relu", "relu_"}
+_NUMBERS = {"leaky_relu": "negative_slope", "elu": "alpha"}  # how torch's functions call them
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
@@ -24,7 +42,7 @@ class FusionReport:
     """What :func:`fuse` has done, by the names of the layers in the model; printed, one line each."""
 
     fused: dict[str, str] = field(default_factory=dict)
-    """What the layer does now: "relu", "add" or "add, relu"."""
+    """What the layer does now: "add", the name of an activation, or both, as in "add, relu"."""
     left: dict[str, str] = field(default_factory=dict)
     """Why the layer does no more than before."""
 
@@ -35,16 +53,20 @@ class FusionReport:
 
 
 def fuse(model: nn.Module) -> FusionReport:
-    """Lets every batch normalization do the addition and the ReLU that follow it, where the model's code shows them.
+    """Lets every batch normalization do the addition and the activation that follow it, where the model's code shows
+    them.
 
-    Looks into each module that has an nn.BatchNorm1d, 2d, 3d or one of ours as its child. In an nn.Sequential a ReLU
-    after a batch normalization becomes the layer's `activation`, and an nn.Identity takes its place. Of other modules
-    torch.fx records the `forward`: where the output of a batch normalization goes nowhere but into a ReLU, into a sum,
-    or into a sum that goes into a ReLU, the steps become one call, layer(x, residual, "relu"), and the module runs the
-    recorded code from now on. Layers that take part become torch_bn's (:func:`torch_bn.convert`). Nothing else changes:
-    the modules stay the objects and the classes that they are, with their state, `state_dict` keys, hooks and
-    optimizers, and copies and pickles of the model are fused, too. Outputs and gradients are those of the model before,
-    but for rounding.
+    Activations are ReLU, LeakyReLU, ELU, SiLU, GELU (by erf and by tanh) and Hardswish: the modules of torch.nn, the
+    functions of torch.nn.functional, and the others that torch has for relu.
+
+    Looks into each module that has an nn.BatchNorm1d, 2d, 3d or one of ours as its child. In an nn.Sequential an
+    activation after a batch normalization becomes the layer's `activation`, and an nn.Identity takes its place. Of
+    other modules torch.fx records the `forward`: where the output of a batch normalization goes nowhere but into an
+    activation, into a sum, or into a sum that goes into an activation, the steps become one call, such as layer(x,
+    residual, "relu"), and the module runs the recorded code from now on. Layers that take part become torch_bn's
+    (:func:`torch_bn.convert`). Nothing else changes: the modules stay the objects and the classes that they are, with
+    their state, `state_dict` keys, hooks and optimizers, and copies and pickles of the model are fused, too. Outputs
+    and gradients are those of the model before, but for rounding.
 
     Args:
         model: any module; changed in place.
@@ -91,20 +113,35 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and "state_dict" not in name)
 
 
-def _is_plain_relu(module: nn.Module) -> bool:
-    return type(module) is nn.ReLU and not _has_hooks(module)
+def _activation_of_module(module: nn.Module | None) -> Activation:
+    """The activation that the module is and a layer can do instead, or None."""
+    found = _MODULES.get(type(module))
+    return _known(found(module)) if found and module is not None and not _has_hooks(module) else None
+
+
+def _known(activation: Any) -> Activation:
+    try:
+        activation_and_number(activation)
+    except ValueError:  # a number that is none, as it comes from another step
+        return None
+    return activation  # type: ignore[no-any-return]
+
+
+def _name(activation: Activation) -> str | None:
+    return activation_and_number(activation)[0]
 
 
 def _fuse_sequence(parent: nn.Module, layers: dict[str, nn.Module], report: FusionReport) -> None:
     following = dict(zip(parent._modules.values(), list(parent._modules.items())[1:], strict=False))
     for name, layer in layers.items():
         key, after = following.get(layer, ("", None))
-        if after is None or not _is_plain_relu(after):
-            report.left[name] = "no ReLU follows it"
+        activation = _activation_of_module(after)
+        if activation is None:
+            report.left[name] = "no activation that can be fused follows it"
             continue
-        surgery.convert(layer).activation = "relu"  # type: ignore[assignment]
+        surgery.convert(layer).activation = activation  # type: ignore[assignment]
         parent._modules[key] = nn.Identity()
-        report.fused[name] = "relu"
+        report.fused[name] = str(_name(activation))
 
 
 def _fuse_recorded(parent: nn.Module, layers: dict[str, nn.Module], report: FusionReport) -> None:
@@ -123,7 +160,7 @@ def _fuse_recorded(parent: nn.Module, layers: dict[str, nn.Module], report: Fusi
             report.left[name] = found
             continue
         changed = True
-        report.fused[name] = ", ".join(filter(None, ("add" if found.residual else None, found.activation)))
+        report.fused[name] = ", ".join(filter(None, ("add" if found.residual else None, _name(found.activation))))
         _replace(graph, found)
         surgery.convert(layer)
     if changed:
@@ -133,12 +170,12 @@ def _fuse_recorded(parent: nn.Module, layers: dict[str, nn.Module], report: Fusi
 
 @dataclass
 class _Ending:
-    """A call of a batch normalization and the steps that follow it: a sum, a ReLU, or a sum and a ReLU."""
+    """A call of a batch normalization and the steps that follow it: a sum, an activation, or both."""
 
     call: fx.Node
     steps: list[fx.Node]
     residual: fx.Node | None
-    activation: str | None
+    activation: Activation
 
 
 class _Tracer(fx.Tracer):
@@ -180,29 +217,39 @@ def _ending(parent: nn.Module, calls: list[fx.Node]) -> _Ending | str:
     following = _only_user(call)
     if following is None:
         return "its output is used more than once" if call.users else "its output is not used"
-    if _is_relu(parent, following):
-        return _Ending(call, [following], None, "relu")
+    activation = _activation(parent, following)
+    if activation is not None:
+        return _Ending(call, [following], None, activation)
     residual = _added_to(call, following)
     if residual is None:
-        return "neither a sum nor a ReLU follows it"
+        return "neither a sum nor an activation that can be fused follows it"
     if any(_changes(parent, node, call.args[0]) for node in _between(call, following)):
         return "its input is changed in place before the sum"
     if any(_changes(parent, node, residual) for node in _between(following, call.graph.output_node())):
         return "the other summand is changed in place after the sum"  # which backward reads again
     after = _only_user(following)
-    if after is not None and _is_relu(parent, after):
-        return _Ending(call, [following, after], residual, "relu")
-    return _Ending(call, [following], residual, None)
+    activation = None if after is None else _activation(parent, after)
+    steps = [following] if after is None or activation is None else [following, after]
+    return _Ending(call, steps, residual, activation)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_relu(parent: nn.Module, node: fx.Node) -> bool:
+def _activation(parent: nn.Module, node: fx.Node) -> Activation:
+    """The activation that the step is and a layer can do instead, or None."""
     if node.op == "call_module":
-        return _is_plain_relu(parent.get_submodule(str(node.target)))
-    return node.op == "call_function" and node.target in _RELUS or node.op == "call_method" and node.target in _METHODS
+        return _activation_of_module(parent.get_submodule(str(node.target)))
+    if node.op == "call_method":
+        return "relu" if node.target in _METHODS else None
+    name = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if name in _NUMBERS and (len(node.args) > 1 or _NUMBERS[name] in node.kwargs):
+        return _known((name, node.args[1] if len(node.args) > 1 else node.kwargs[_NUMBERS[name]]))
+    if name == "gelu":
+        approximate: Any = node.kwargs.get("approximate", "none")
+        return _GELUS.get(approximate) if set(node.kwargs) <= {"approximate", "input"} else None
+    return name
 
 
 def _added_to(call: fx.Node, node: fx.Node) -> fx.Node | None:
@@ -232,7 +279,8 @@ def _changes(parent: nn.Module, node: fx.Node, value: Any) -> bool:
     if node.op == "call_module":
         return bool(getattr(parent.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or name in vars(operator) and name.startswith("i") or bool(node.kwargs.get("inplace"))
+    inplace = bool(node.kwargs.get("inplace")) or True in node.args[1:]
+    return name.endswith("_") or name in vars(operator) and name.startswith("i") or inplace
 
 
 def _replace(graph: fx.Graph, ending: _Ending) -> None:
