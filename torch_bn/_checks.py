@@ -13,6 +13,7 @@ Activation = str | tuple[str, float] | None
 """What users give: a name, or one with its number."""
 NUMBERS = {"leaky_relu": 0.01, "elu": 1.0}  # of the activations that have one, where none is given
 ACTIVATIONS = ("relu", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish")
+_BY_NAME = {name: (name, NUMBERS.get(name, 0.0)) for name in ACTIVATIONS}
 _NAMES = ", ".join(repr(name) for name in ACTIVATIONS[:-1]) + f" or {ACTIVATIONS[-1]!r}"
 
 
@@ -183,8 +184,8 @@ def activation_and_number(activation: object) -> tuple[str | None, float]:
     """
     if activation is None:
         return None, 0.0
-    if isinstance(activation, str) and activation in ACTIVATIONS:
-        return activation, NUMBERS.get(activation, 0.0)
+    if isinstance(activation, str) and activation in _BY_NAME:
+        return _BY_NAME[activation]
     if not (isinstance(activation, tuple) and len(activation) == 2 and activation[0] in ACTIVATIONS):
         raise ValueError(
             f"batch_norm: activation must be None, {_NAMES}, or a pair of a name and a number, got {activation!r}"
