@@ -42,13 +42,14 @@ def test_agrees_with_torch(shape, options, dtype, affine, fused, tolerances):
     mean, var = torch.randn(channels, dtype=dtype), torch.rand(channels, dtype=dtype)
     weight = torch.randn(channels, dtype=dtype) if "weight" in affine else None
     bias = torch.randn(channels, dtype=dtype) if "bias" in affine else None
+    dy = torch.linspace(-1, 1, x.numel(), dtype=dtype).reshape(shape)
     results = []
     # On the CPU, since torch's own CUDA function refuses an epsilon of 0 and a bias without a weight.
     for function, choice, device in (F.batch_norm, {}, "cpu"), (batch_norm, {"fused": fused}, x.device):
         leaves = [None if t is None else t.to(device, copy=True).requires_grad_() for t in (x, weight, bias)]
         statistics = [t.to(device, copy=True) for t in (mean, var)]
         y = function(leaves[0], *statistics, *leaves[1:], **options, **choice)
-        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype, device=device).reshape(shape))
+        y.backward(dy.to(device))
         gradients = [t.new_zeros(t.shape) if t.grad is None else t.grad for t in leaves if t is not None]
         results.append([y, *statistics, *gradients])
     tolerance = tolerances[dtype]
