@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from paths import PATHS
+from paths import PATHS, needs_kernels
 from test_endings import LAYOUTS, SHAPES, each_dtype, layers, saved_bytes
 from torch import Tensor, nn
 
 import torch_bn
-from torch_bn import _operators
 from torch_bn.functional import RenormState, batch_norm
 
 both_paths = pytest.mark.parametrize("fused", PATHS)
@@ -122,7 +121,7 @@ def test_derivatives_of_first_and_second_order(activation, training, residual, f
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @each_activation
 @pytest.mark.parametrize("option", ["renorm", "virtual_batch_size"])
 def test_third_derivatives_are_those_of_plain_operations(option, activation):
@@ -148,7 +147,7 @@ def test_third_derivatives_are_those_of_plain_operations(option, activation):
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @pytest.mark.parametrize("leaf", ["bias", "residual"])
 def test_a_derivative_of_a_derivative_by_what_alone_needs_one(leaf):
     """z depends on it, and the derivative of silu on z."""
@@ -166,7 +165,7 @@ def test_a_derivative_of_a_derivative_by_what_alone_needs_one(leaf):
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @each_activation
 def test_nothing_but_the_inputs_is_kept(activation):
     x, residual = (torch.randn(4, 3, 8, 8, requires_grad=True) for _ in range(2))
@@ -249,7 +248,7 @@ def test_layers_show_it_and_can_be_copied_pickled_and_recorded(activation):
         torch_bn.revert(layer)
 
 
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_break(backend):
     eager = nn.ModuleList(torch_bn.BatchNorm2d(3, activation=activation) for activation in FUNCTIONS)

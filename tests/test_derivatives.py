@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from paths import PATHS
+from paths import PATHS, needs_kernels
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from torch_bn import _operators, functional
+from torch_bn import functional
 
 C = 3
 SHAPES = {"(N, C)": (7, C), "NCHW": (4, C, 2, 2), "channels_last": (5, C, 1, 3)}
@@ -77,7 +77,7 @@ def test_adjustment(shape, per_channel, virtual_batch_size, fused):
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("virtual_batch_size", [None, 3], ids=["one group", "ghosts of three at most"])
 @pytest.mark.parametrize("shape", SHAPES)

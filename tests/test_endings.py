@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from paths import PATHS
+from paths import PATHS, needs_kernels
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torch_bn
-from torch_bn import _operators
 from torch_bn.functional import Ending, _batch_norm, batch_norm
 
 both_paths = pytest.mark.parametrize("fused", PATHS)
@@ -307,7 +306,7 @@ def test_revert_refuses_what_torchs_layer_cannot_do():
     assert all(isinstance(layer, torch_bn.BatchNorm2d) for layer in model)
 
 
-@pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
+@needs_kernels
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_break(backend):
     eager = torch_bn.BatchNorm2d(3, activation="relu")

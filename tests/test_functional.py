@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from paths import PATHS
+from paths import PATHS, needs_kernels
 from torch.autograd import forward_ad
 
 import torch_bn
@@ -14,7 +14,6 @@ from torch_bn import _operators
 from torch_bn.functional import _batch_norm, batch_norm
 
 both_paths = pytest.mark.parametrize("fused", PATHS)
-needs_kernels = pytest.mark.skipif(_operators.batch_norm is None, reason="no compiled kernels")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
