@@ -97,28 +97,6 @@ def test_combines_with_every_option(adjusted, options, fused):
 
 
 @both_paths
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_derivatives_of_first_and_second_order(training, residual, fused):
-    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-    x, weight, bias, added = normal(5, 3, 2), normal(3), normal(3), normal(5, 3, 2) if residual else None
-    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None = None) -> Tensor:
-        return batch_norm(
-            x, mean.clone(), var.clone(), weight, bias, training, residual=added, activation="relu", fused=fused
-        )
-
-    leaves = (x, weight, bias) if added is None else (x, weight, bias, added)
-    torch.autograd.gradcheck(run, leaves)
-    torch.autograd.gradgradcheck(run, leaves)
-
-
-@both_paths
 def test_only_the_residual_may_need_a_gradient(fused):
     x, residual = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
     for activation in (None, "relu"):
