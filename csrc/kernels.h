@@ -53,6 +53,7 @@ struct ForwardParams {
   Strides x_strides;
   const void* residual = nullptr;          // [outer, channels, inner] or null
   Strides residual_strides = {};
+  uint8_t* mask = nullptr;                 // [mask_bytes()] or null, out: what relu lets through, if there is a residual
   void* y;                                 // [outer, channels, inner], out
   Strides y_strides;
   const void* weight;                      // [channels] or null for ones
@@ -86,6 +87,7 @@ struct InferenceParams {
   Strides x_strides;
   const void* residual = nullptr;          // [outer, channels, inner] or null
   Strides residual_strides = {};
+  uint8_t* mask = nullptr;                 // [mask_bytes()] or null, out: what relu lets through, if there is a residual
   void* y;                                 // [outer, channels, inner], out
   Strides y_strides;
   const void* weight;                      // [channels] or null for ones
@@ -109,6 +111,7 @@ struct BackwardParams {
   Strides x_strides;
   const void* residual = nullptr;          // as in the forward, read when there is an activation
   Strides residual_strides = {};
+  const uint8_t* mask = nullptr;           // as the forward has left it or null, in place of residual and bias
   const void* weight;                      // [channels] or null for ones
   const void* bias;                        // [channels] or null for zeros, read when there is an activation
   const double* mean;                      // [groups, channels]
@@ -135,6 +138,7 @@ struct Executor {
 struct Kernels {
   const char* name;
   int64_t (*workspace)(DType, const Extent&);
+  int64_t (*mask_bytes)(const Extent&);  // 0 where backward reads the residual again
   void (*forward)(const ForwardParams&, const Executor&);
   void (*inference)(const InferenceParams&, const Executor&);
   void (*backward)(const BackwardParams&, const Executor&);

@@ -10,6 +10,8 @@ from torch_bn import functional
 
 C = 3
 SHAPES = {"(N, C)": (7, C), "NCHW": (4, C, 2, 2), "channels_last": (5, C, 1, 3)}
+# Of these the kernels keep in bits what relu lets through behind a residual.
+MASKED = {"planes": (4, C, 4, 5), "eight channels": (5, 8, 1, 3), "rows": (7, 8)}
 R, D = 1.25, 0.5
 
 
@@ -18,10 +20,11 @@ def double(*shape: int) -> Tensor:
 
 
 def example(name: str) -> tuple[Tensor, Tensor, Tensor]:
-    x = double(*SHAPES[name])
-    if name == "channels_last":
+    shape = (SHAPES | MASKED)[name]
+    x = double(*shape)
+    if name in ("channels_last", "eight channels"):
         x = x.contiguous(memory_format=torch.channels_last)
-    return x.requires_grad_(), double(C).requires_grad_(), double(C).requires_grad_()
+    return x.requires_grad_(), double(shape[1]).requires_grad_(), double(shape[1]).requires_grad_()
 
 
 @pytest.mark.parametrize("fused", PATHS)
@@ -80,7 +83,7 @@ def test_adjustment(shape, per_channel, virtual_batch_size, fused):
 @needs_kernels
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("virtual_batch_size", [None, 3], ids=["one group", "ghosts of three at most"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES | MASKED)
 def test_derivatives_of_a_penalty_on_gradients_up_to_the_third(shape, virtual_batch_size, activation):
     """The gradient that comes from above depends on the input, too, as behind every layer that is not linear."""
     x, weight, bias = example(shape)

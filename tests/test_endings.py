@@ -21,7 +21,7 @@ LAYOUTS = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "cut": lambda x: F.pad(x, (1, 1, 1, 1))[:, :, 1:-1, 1:-1],
 }
-SHAPES = [(5, 17, 7, 7), (3, 3, 5, 9), (2, 64, 1, 1), (4, 1, 3, 5)]
+SHAPES = [(5, 17, 7, 7), (3, 3, 5, 9), (2, 64, 1, 1), (4, 1, 3, 5), (3, 24, 4, 4)]
 
 
 def layers(channels: int, dtype: torch.dtype, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -68,8 +68,9 @@ def test_agrees_with_torchs_operations_in_float64(dtype, layouts, activation, tr
 @both_paths
 @pytest.mark.parametrize("options", [{}, {"renorm": True}, {"virtual_batch_size": 2}, {"axis": (1, 3)}], ids=str)
 @pytest.mark.parametrize("adjusted", [None, "channel", "example"])
-def test_combines_with_every_option(adjusted, options, fused):
-    shape = (6, 4, 3, 2)
+@pytest.mark.parametrize("inner", [(3, 2), (9, 2)], ids=["short planes", "long planes"])
+def test_combines_with_every_option(adjusted, options, inner, fused):
+    shape = (6, 4, *inner)
     x, residual = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
     channels = 8 if "axis" in options else 4
     scale = {"channel": torch.rand(channels), "example": torch.rand(6, 1, 1, 1)}.get(adjusted)
@@ -150,7 +151,7 @@ def saved_bytes(run: Any) -> int:
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        sizes[t.data_ptr()] = t.nbytes if t.dim() == 4 else 0
+        sizes[t.data_ptr()] = t.nbytes if t.dim() == 4 or t.dtype == torch.uint8 else 0
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -159,12 +160,12 @@ def saved_bytes(run: Any) -> int:
 
 
 @pytest.mark.kernels
-def test_activation_keeps_nothing_but_the_input():
+def test_activation_keeps_nothing_but_the_input_and_some_bits():
     x, residual = (torch.randn(4, 3, 8, 8, requires_grad=True) for _ in range(2))
     plain, fused = torch_bn.BatchNorm2d(3, fused=True), torch_bn.BatchNorm2d(3, activation="relu", fused=True)
     assert saved_bytes(lambda: fused(x)) == x.nbytes
     assert saved_bytes(lambda: F.relu(plain(x))) == 2 * x.nbytes
-    assert saved_bytes(lambda: fused(x, residual)) == x.nbytes + residual.nbytes
+    assert saved_bytes(lambda: fused(x, residual)) <= x.nbytes + x.numel() // 4  # a bit for each element, or two
     assert saved_bytes(lambda: plain(x, residual)) == x.nbytes
 
 

@@ -86,25 +86,28 @@ def test_opcheck_of_residual_and_activation(ops, training, activation):
     torch.library.opcheck(ops.batch_norm.default, call, test_utils=CHECKED)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "elu"])
+@pytest.mark.parametrize(("activation", "masked"), [(None, False), ("relu", False), ("relu", True), ("elu", False)])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("renorm", [False, True], ids=["", "renorm"])
-def test_opcheck_of_what_lies_below(ops, renorm, groups, activation):
-    x, weight, bias, mean, var, counter, _, momentum, eps, axis = arguments(requires_grad=False)
+def test_opcheck_of_what_lies_below(ops, renorm, groups, activation, masked):
+    x, weight, bias, mean, var, counter, _, momentum, eps, axis = arguments((4, 3, 4, 5), requires_grad=False)
     ending = (torch.randn_like(x) if activation else None, activation, 1.5)
-    more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None, *ending)
+    more = (groups, True, True, *(averages() if renorm else NO_AVERAGES), None, *ending, masked)
     forward = (x, weight, bias, mean, var, counter, momentum, eps, axis, *more)
     torch.library.opcheck(ops._batch_norm_forward.default, forward, test_utils=CHECKED)
-    inference = (x, weight, bias, mean, var, eps, axis, True, *ending)
+    inference = (x, weight, bias, mean, var, eps, axis, True, *ending, masked)
     torch.library.opcheck(ops._batch_norm_inference.default, inference, test_utils=CHECKED)
-    _, saved = ops._batch_norm_forward(*forward)
+    _, saved, mask = ops._batch_norm_forward(*forward)
+    assert (mask is not None) == masked
     x.requires_grad_()
     weight.requires_grad_()
     dy = torch.randn_like(x, requires_grad=True)
     for training in (True, False):
         for needs_input_grad in (True, False):
             backward = (dy, x, weight, saved, training, eps, axis, groups, needs_input_grad)
-            if activation:
+            if masked:
+                backward += (None, None, activation, not needs_input_grad, 0.0, mask)
+            elif activation:
                 backward += (bias, *ending[:2], not needs_input_grad, ending[2])
             torch.library.opcheck(ops._batch_norm_backward.default, backward, test_utils=CHECKED)
 

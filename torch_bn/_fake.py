@@ -17,6 +17,32 @@ def _output(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
+def _mask(input: Tensor, axis: int, groups: int, residual: Tensor | None, activation: str | None) -> Tensor | None:
+    """What relu lets through, of [outer, channels, inner] in the order of memory: a bit for each element, as
+    csrc/cpu/mask.inl has it, and on CUDA devices a byte for as many as are read at once."""
+    if residual is None or activation != "relu" or input.numel() == 0:
+        return None
+    channels = input.size(axis)
+    order = [*reversed(range(input.dim()))]  # from the innermost
+    if suggest_memory_format(input) != torch.contiguous_format:
+        order.insert(0, order.pop(-2))
+    alone = channels == 1 and groups == 1
+    inner = 1
+    for dim in order[: None if alone else order.index(axis)]:
+        inner *= input.size(dim)
+    if input.device.type == "cuda":
+        run, neighbours = channels if inner == 1 else inner, 16 // input.element_size()
+        while run % neighbours != 0:
+            neighbours //= 2
+        narrow = neighbours * input.element_size() < 8
+        return input.new_empty((input.numel() // (1 if narrow else neighbours),), dtype=torch.uint8)
+    if channels % 8 != 0 if inner == 1 else inner % 8 != 0 and inner <= 16:
+        return None
+    outer = input.numel() // (channels * inner)
+    run = channels if inner == 1 else channels * ((inner + 7) // 8 * 8)
+    return input.new_empty((outer * run // 8,), dtype=torch.uint8)
+
+
 def _forward(
     input: Tensor,
     weight: Tensor | None,
@@ -42,7 +68,8 @@ def _forward(
     residual: Tensor | None,
     activation: str | None,
     activation_number: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    keep_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     averages = (renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight)
     renorm = None if renorm_mean is None else Renorm(*averages, renorm_momentum)  # type: ignore[arg-type]
     axis = check(
@@ -50,7 +77,8 @@ def _forward(
         renorm, statistics, residual, activation,
     )  # fmt: skip
     rows = 2 * groups + (2 if renorm else 0)
-    return _output(input), input.new_empty((rows, input.size(axis)), dtype=torch.float64)
+    saved = input.new_empty((rows, input.size(axis)), dtype=torch.float64)
+    return _output(input), saved, _mask(input, axis, groups, residual, activation) if keep_mask else None
 
 
 def _inference(
@@ -65,12 +93,13 @@ def _inference(
     residual: Tensor | None,
     activation: str | None,
     activation_number: float = 0.0,
-) -> Tensor:
-    check(
+    keep_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    axis = check(
         input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict, None, None,
         residual, activation,
     )  # fmt: skip
-    return _output(input)
+    return _output(input), _mask(input, axis, 1, residual, activation) if keep_mask else None
 
 
 def _backward(
@@ -88,6 +117,7 @@ def _backward(
     activation: str | None = None,
     needs_residual_grad: bool = False,
     activation_number: float = 0.0,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     grad_input = _output(input) if needs_input_grad else None

@@ -10,6 +10,7 @@ namespace {
 #include "vector.inl"
 #include "activations.inl"
 #include "loops.inl"
+#include "mask.inl"
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"
@@ -19,7 +20,7 @@ namespace {
 #include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
-const Kernels avx512{"avx512", workspace_bytes, forward, inference, backward, update};
+const Kernels avx512{"avx512", workspace_bytes, mask_bytes, forward, inference, backward, update};
 }  // namespace torch_bn::cpu
 BN_TARGET_END
 #endif

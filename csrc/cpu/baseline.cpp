@@ -12,6 +12,7 @@ namespace {
 #include "vector.inl"
 #include "activations.inl"
 #include "loops.inl"
+#include "mask.inl"
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"
@@ -21,5 +22,5 @@ namespace {
 #include "schedule.inl"
 #include "kernels.inl"
 }  // namespace
-const Kernels baseline{"baseline", workspace_bytes, forward, inference, backward, update};
+const Kernels baseline{"baseline", workspace_bytes, mask_bytes, forward, inference, backward, update};
 }  // namespace torch_bn::cpu

@@ -10,7 +10,7 @@ struct Folding {
 };
 
 BN_INLINE Folding folding_of(const Extent& e, int64_t element_bytes) {
-  constexpr int64_t kTinyPlane = 16, kManyPlanes = 16, kManyRows = 64;
+  constexpr int64_t kManyPlanes = 16, kManyRows = 64;
   if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
   const int64_t wide = column_block(element_bytes) / (is_near(e, element_bytes) ? 4 : 1);
   const int64_t rows = e.groups == 1 ? e.outer : e.outer_per_example;  // of one group, one after another

@@ -1,11 +1,12 @@
 // The reduction of the backward pass: sums of dz and of dz * (x - center), per slice, group and channel, where dz is dy
 // through the activation. Blocks are summed in the compute type and added up in double.
 
-/// dy, and dz made of it, at one place of memory. kPlain: there is no activation, so dz is dy.
-template <class D, bool kPlain>
+/// dy, and dz made of it, at one place of memory.
+template <class D, Ending kEnding>
 struct UpstreamGradient {
   using Element = typename D::Element;
   const Element *dy, *x, *residual;
+  const uint8_t* mask;
   Activation activation;
   [[no_unique_address]] NumberOf<D> number;
 
@@ -17,6 +18,7 @@ struct UpstreamGradient {
     dy = at(p.dy, p.dy_strides);
     x = at(p.x, p.x_strides);
     residual = at(p.residual, p.residual_strides);
+    if constexpr (kEnding == Ending::masked) mask = mask_place(p.mask, p.extent, outer, channel, begin);
     activation = p.activation;
     if constexpr (kIsCurved<D>) number.value = p.activation_number;
   }
@@ -24,7 +26,8 @@ struct UpstreamGradient {
   template <class Count>
   Vec<D> dz(int64_t i, Count count, Vec<D> deviation, Vec<D> scale, Vec<D> shift) const {
     const Vec<D> gradient = load<D>(dy + i, count);
-    if (kPlain || activation == Activation::none) return gradient;
+    if constexpr (kEnding == Ending::masked) return keep_marked<D>(gradient, mask, i, count);
+    if (kEnding == Ending::none || activation == Activation::none) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
     if constexpr (kIsCurved<D>)
@@ -41,7 +44,7 @@ struct Forwarded {
 };
 
 /// Adds the sums over the units [first, last) of at most kPlanes channels.
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
                                                     const GroupOuters& outers, Range units, Range channels, Range all,
                                                     const Forwarded<D>& forwarded, double* __restrict sum_dz,
@@ -53,7 +56,7 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
       Sums<D> sums;
       for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
         const Segment s = segment_of(p.extent, cut, outers, u);
-        const UpstreamGradient<D, kPlain> from(p, s.outer, c, s.begin);
+        const UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
         prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
         prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
         sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
@@ -68,31 +71,31 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
     }
 }
 
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
                      Range channels, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_gradients<D, kPlain>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
+    plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
                                      sum_dz, sum_dz_deviation);
 }
 
 /// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on. One row after
 /// another, while the next of those up to `known` is fetched: as memory is quickest to read.
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
                                                 int64_t known, int64_t column, int64_t width,
                                                 const Forwarded<D>& forwarded, typename D::Compute* first,
                                                 typename D::Compute* second) {
   using P = Parameter<D>;
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  UpstreamGradient<D, kPlain> row(p, outers[rows.first], column, 0);
+  UpstreamGradient<D, kEnding> row(p, outers[rows.first], column, 0);
   for (int64_t r = rows.first; r < rows.last; ++r) {
-    const UpstreamGradient<D, kPlain> next(p, outers[least(r + 1, known - 1)], column, 0);
+    const UpstreamGradient<D, kEnding> next(p, outers[least(r + 1, known - 1)], column, 0);
     each_register<D>(width, [&](int64_t c, auto count) {
       prefetch_ahead(next.x + c), prefetch_ahead(next.dy + c);
       const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};
-      if constexpr (!kPlain) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
+      if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
       const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
       store<P>(first + c, load<P>(first + c, count) + dz, count);
       store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
@@ -102,13 +105,13 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
 }
 
 /// Adds the sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
                    const Forwarded<D>& forwarded, double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   const int64_t c = columns.first, width = columns.last - c;
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
-    sum_few_gradients<D, kPlain>(p, outers, {r, least(r + kFewRows, rows.last)}, rows.last, c, width,
+    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, rows.last, c, width,
                                  {forwarded.center + c, forwarded.scale + c, forwarded.shift + c}, first, second);
     for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
     for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);

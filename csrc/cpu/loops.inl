@@ -49,6 +49,10 @@ BN_INLINE void each_register_overlapping(int64_t i, int64_t n, const F& f) {
   n < kLanes<D> ? f(i, int(n - i)) : f(n - kLanes<D>, Last{int(n - i)});
 }
 
+/// What comes after the normalisation, as far as the loops differ: nothing; anything, of which backward finds the derivative
+/// again; or a residual and then relu, of which a mask is kept.
+enum class Ending { none, general, masked };
+
 /// Two sums over the same elements, in four independent chains.
 template <class D>
 struct Sums {
@@ -138,6 +142,9 @@ struct Partition {
 constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
 template <class D>
 constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));
+
+/// Elements of a plane that is so short that all planes side by side are walked as one row.
+constexpr int64_t kTinyPlane = 16;
 
 /// By how many bytes arrays are set apart that are read at the same place, lest whole pages between them put the same
 /// place of all into one set of the nearest cache.

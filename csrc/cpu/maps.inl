@@ -1,6 +1,6 @@
 // The two maps over the elements: x to y, and (dy, x) to dx. Each is written for one register; the walk over planes,
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
-// kPlain: only x to y, or (dy, x) to dx; else there may be an activation, a residual, or a gradient to leave out.
+// Ending::none: only x to y, or (dy, x) to dx; general: there may be an activation, a residual, or a gradient to leave out.
 // kStreamed: the output goes past the caches. A template argument, as a branch in the innermost loop costs a tenth.
 
 template <class Element>
@@ -35,17 +35,19 @@ struct NormalizeParams {
   Strides x_strides;
   const void* residual;
   Strides residual_strides;
+  uint8_t* mask;
   void* y;
   Strides y_strides;
   Activation activation;
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 struct Normalize {
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
+  const Extent& extent;
   [[no_unique_address]] const NumberOf<D> number = {};
 
   struct Channel {
@@ -58,17 +60,20 @@ struct Normalize {
   struct At {
     const Element *x, *residual;
     Element* out;
+    uint8_t* mask;
   };
   At at(int64_t outer, int64_t channel) const {
     return {place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
-            place(static_cast<Element*>(p.y), p.y_strides, outer, channel)};
+            place(static_cast<Element*>(p.y), p.y_strides, outer, channel),
+            kEnding == Ending::masked ? mask_place(p.mask, extent, outer, channel, 0) : nullptr};
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   void next(At& a) const {
     advance(a.x, p.x_strides);
     advance(a.residual, p.residual_strides);
     advance(a.out, p.y_strides);
+    if constexpr (kEnding == Ending::masked) a.mask += mask_strides(extent).outer / 8;
   }
   template <class Count>
   Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
@@ -78,7 +83,12 @@ struct Normalize {
       z = multiply_add<D>(deviation, k.scale, multiply_add<D>(deviation, k.scale_rest, k.shift));
     else
       z = deviation * k.scale + k.shift;
-    if constexpr (!kPlain) {
+    if constexpr (kEnding == Ending::masked) {
+      z += load<D>(a.residual + i, count);
+      mark<D>(a.mask, i, z, count);
+      z = relu(z);
+    }
+    if constexpr (kEnding == Ending::general) {
       if (a.residual) z += load<D>(a.residual + i, count);
       if constexpr (kIsCurved<D>)
         z = apply_activation<Parameter<D>>(p.activation, number.value, z);
@@ -89,9 +99,9 @@ struct Normalize {
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
-template <class D, bool kPlain>
+template <class D, Ending kEnding>
 struct NormalizeGradient {
-  static constexpr bool kMayLackOutput = !kPlain;
+  static constexpr bool kMayLackOutput = kEnding != Ending::none;
   using Element = typename D::Element;
   const BackwardParams& p;
 
@@ -100,15 +110,15 @@ struct NormalizeGradient {
     template <class Read>
     explicit Channel(const Read& read)
         : center(read(0)), slope(read(1)), bend(read(2)), shift(read(3)), forward_scale{}, forward_shift{} {
-      if constexpr (!kPlain) forward_scale = read(4), forward_shift = read(5);
+      if constexpr (kEnding == Ending::general) forward_scale = read(4), forward_shift = read(5);
     }
   };
   struct At {
-    UpstreamGradient<D, kPlain> from;
+    UpstreamGradient<D, kEnding> from;
     Element *out, *dresidual;
   };
   At at(int64_t outer, int64_t channel) const {
-    return {UpstreamGradient<D, kPlain>(p, outer, channel, 0),
+    return {UpstreamGradient<D, kEnding>(p, outer, channel, 0),
             place(static_cast<Element*>(p.dx), p.dx_strides, outer, channel),
             place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel)};
   }
@@ -117,6 +127,7 @@ struct NormalizeGradient {
     advance(a.from.x, p.x_strides);
     advance(a.from.dy, p.dy_strides);
     advance(a.from.residual, p.residual_strides);
+    if constexpr (kEnding == Ending::masked) a.from.mask += mask_strides(p.extent).outer / 8;
     advance(a.out, p.dx_strides);
     advance(a.dresidual, p.dresidual_strides);
   }
@@ -124,7 +135,7 @@ struct NormalizeGradient {
   Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
-    if (!kPlain && a.dresidual) store<D>(a.dresidual + i, dz, count);
+    if (kEnding != Ending::none && a.dresidual) store<D>(a.dresidual + i, dz, count);
     return dz * k.slope + (deviation * k.bend + k.shift);
   }
 };

@@ -34,14 +34,17 @@ P folded_map(P p, const Folding& f) {
 template <class D, class P>
 void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns) {
-  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.y, p.y_strides, p.activation};
+  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides,
+                          p.activation};
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, true>{n}, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, Ending::none>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
+  else if (p.mask)
+    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
   else if (is_curved(p.activation))
-    map_elements<Curved<D>, false>(Normalize<Curved<D>, false>{n, {p.activation_number}}, p.extent, coefficients, outers,
-                                   columns);
+    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, p.extent,
+                                   coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, false>{n}, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, Ending::general>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
 }
 
 template <class D>
@@ -109,13 +112,15 @@ struct Backward {
   void prepare(Range channels) const { prepare_gradients(given, work, channels); }
   void reduce(int64_t group, int64_t slice, Range columns) const {
     if (p.activation == Activation::none)
-      reduce<D, true>(group, slice, columns);
+      reduce<D, Ending::none>(group, slice, columns);
+    else if (p.mask)
+      reduce<D, Ending::masked>(group, slice, columns);
     else if (is_curved(p.activation))
-      reduce<Curved<D>, false>(group, slice, columns);
+      reduce<Curved<D>, Ending::general>(group, slice, columns);
     else
-      reduce<D, false>(group, slice, columns);
+      reduce<D, Ending::general>(group, slice, columns);
   }
-  template <class E, bool kPlain>
+  template <class E, Ending kEnding>
   void reduce(int64_t group, int64_t slice, Range columns) const {
     const Part part(work, group, slice);
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
@@ -123,18 +128,21 @@ struct Backward {
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
     for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
     if (p.extent.inner == 1)
-      return row_gradients<E, kPlain>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
-    plane_gradients<E, kPlain>(p, work.cut, part.outers, part.units, columns, forwarded, dz, dz_deviation);
+      return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
+    plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns) const {
     if (p.activation == Activation::none && p.dx && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, true>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, Ending::none>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
+    else if (p.mask && (p.dx || p.dresidual))
+      map_elements<D>(NormalizeGradient<D, Ending::masked>{mapped}, streamed, mapped.extent, work.coefficients, outers,
+                      columns);
     else if (is_curved(p.activation) && (p.dx || p.dresidual))
-      map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, false>{mapped}, mapped.extent, work.coefficients,
-                                     outers, columns);
+      map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, Ending::general>{mapped}, mapped.extent,
+                                     work.coefficients, outers, columns);
     else if (p.dx || p.dresidual)
-      map_elements<D>(NormalizeGradient<D, false>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, Ending::general>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
   }
 };
 

@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kChain = 64;  // units of a thread that are summed in its compute type
 
+/// What makes dz of dy: nothing; the derivative of an activation, found again; a mask of what relu let through.
+enum class Ending { none, general, masked };
+
 /// The forward's map, of the channels of one tile: first those that come first in their columns, then the second ones,
 /// because what the threads of a warp read at a time should lie side by side.
 template <class K>
@@ -39,20 +42,22 @@ struct Forwarded {
 };
 
 /// What a thread reads at one place, and dz of it.
-template <class K, bool kPlain>
+template <class K, Ending kEnding>
 struct Upstream {
-  static constexpr int kUnroll = kPlain ? K::kUnroll : kIsCurved<K> ? K::kUnroll / 4 : K::kUnroll / 2;
+  static constexpr int kUnroll = kEnding != Ending::general ? K::kUnroll : kIsCurved<K> ? K::kUnroll / 4 : K::kUnroll / 2;
   using T = typename K::Compute;
   typename K::Vector x, dy, residual;
+  unsigned passed;  // bit by bit
 
   __device__ void load(const BackwardParams& p, const Walk<K>& walk) {
     x = walk.load(p.x, p.x_strides);
     dy = walk.load(p.dy, p.dy_strides);
-    if constexpr (!kPlain)
+    if constexpr (kEnding == Ending::masked) passed = p.mask[walk.position()];
+    if constexpr (kEnding == Ending::general)
       if (p.residual) residual = walk.load(p.residual, p.residual_strides);
   }
   /// Calls f(e, channel, deviation, dz) for each element. centered: what has the centers of the thread's channels;
-  /// forwarded: there if there is an activation.
+  /// forwarded: there in a general ending.
   template <class Centered, class F>
   __device__ void for_each(const BackwardParams& p, const Centered& centered, const Forwarded<K>& forwarded,
                            const F& f) const {
@@ -61,8 +66,10 @@ struct Upstream {
     for (int e = 0; e < K::kVector; ++e) {
       const int c = K::kPlanes ? 0 : e;
       const T deviation = from[e] - centered[c].center;
-      if constexpr (kPlain) {
+      if constexpr (kEnding == Ending::none) {
         f(e, c, deviation, gradient[e]);
+      } else if constexpr (kEnding == Ending::masked) {
+        f(e, c, deviation, passed >> e & 1 ? gradient[e] : T(0));
       } else {
         T z = normalized<typename K::D>(deviation, forwarded[c]);
         if (p.residual) z += residual.elements()[e];
@@ -84,13 +91,13 @@ struct Upstream {
 };
 
 /// sums: of the channels of the thread, out.
-template <class K, bool kPlain>
+template <class K, Ending kEnding>
 __device__ void thread_sums(const BackwardParams& p, Walk<K> walk, const Forwarded<K>& forwarded,
                             Sums (&sums)[K::kChannels]) {
   using T = typename K::Compute;
   while (walk.inside()) {
     T dz_sum[K::kChannels] = {}, deviation_sum[K::kChannels] = {};
-    read_batches(walk, kChain, Upstream<K, kPlain>{}, p, [&](const Upstream<K, kPlain>& at) {
+    read_batches(walk, kChain, Upstream<K, kEnding>{}, p, [&](const Upstream<K, kEnding>& at) {
       at.for_each(p, forwarded, forwarded, [&](int, int c, T deviation, T dz) {
         dz_sum[c] += dz;
         deviation_sum[c] = fma(dz, deviation, deviation_sum[c]);
@@ -140,7 +147,7 @@ __device__ void finish(const Plan& plan, const BackwardParams& p, const Scratch&
   set_gradients(channel, dgamma, dbeta);
 }
 
-template <class K, bool kPlain>
+template <class K, Ending kEnding>
 __global__ void __launch_bounds__(kThreads, kResident)
     sums_kernel(const __grid_constant__ Plan plan, const __grid_constant__ BackwardParams p,
                 const __grid_constant__ Scratch scratch, unsigned* tickets) {
@@ -150,13 +157,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const Walk<K> walk(plan, part);
   prepare<K>(plan, p, part, affines);
   Sums sums[K::kChannels] = {};
-  thread_sums<K, kPlain>(p, walk, Forwarded<K>(plan, affines), sums);
+  thread_sums<K, kEnding>(p, walk, Forwarded<K>(plan, affines), sums);
   const Sums total = block_total<K>(plan, sums);
   if (completes_tile(plan, part, {total.first, total.second}, scratch.partials, tickets))
     finish<K>(plan, p, scratch, part.tile);
 }
 
-template <class K, bool kPlain>
+template <class K, Ending kEnding>
 __global__ void __launch_bounds__(kThreads, kResident)
     gradient_kernel(const __grid_constant__ Plan plan, const __grid_constant__ BackwardParams p,
                     const __grid_constant__ Scratch scratch) {
@@ -164,14 +171,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
   __shared__ Affine<T> affines[kMaxWidth];
   const Part part(plan, true);
   const Walk<K> walk(plan, part);
-  if constexpr (!kPlain) prepare<K>(plan, p, part, affines);
+  if constexpr (kEnding == Ending::general) prepare<K>(plan, p, part, affines);
   await_launch();
   if (!walk.inside()) return;
   const auto coefficients =
       static_cast<const GradientAffine<T>*>(scratch.coefficients) + part.group * plan.channels + walk.channel;
   GradientAffine<T> gradients[K::kChannels];
   for (int i = 0; i < K::kChannels; ++i) gradients[i] = coefficients[i];
-  map_batches(walk, Upstream<K, kPlain>{}, p, Forwarded<K>(plan, affines), gradients);
+  map_batches(walk, Upstream<K, kEnding>{}, p, Forwarded<K>(plan, affines), gradients);
 }
 
 }  // namespace
@@ -183,6 +190,7 @@ cudaError_t backward(const BackwardParams& p, const Device& device, cudaStream_t
                               {p.dx, p.dx_strides},
                               {p.dresidual, p.dresidual_strides}};
   const int bytes = vector_bytes(p.dtype, p.extent, operands);
+  if (p.mask && bytes != vector_bytes(p.dtype, p.extent)) return cudaErrorMisalignedAddress;
   const Plan reduction = plan_for(p.dtype, p.extent, bytes, device.blocks);
   const Plan map = plan_for(p.dtype, p.extent, bytes, kMapRounds * device.blocks);
   const Scratch scratch(p.workspace, p.extent, device.blocks);
@@ -194,9 +202,11 @@ cudaError_t backward(const BackwardParams& p, const Device& device, cudaStream_t
   };
   return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
     using K = decltype(kind);
-    if (is_curved(p.activation)) return run(sums_kernel<Curved<K>, false>, gradient_kernel<Curved<K>, false>);
-    return p.activation == Activation::none ? run(sums_kernel<K, true>, gradient_kernel<K, true>)
-                                            : run(sums_kernel<K, false>, gradient_kernel<K, false>);
+    constexpr Ending none = Ending::none, general = Ending::general, masked = Ending::masked;
+    if (p.activation == Activation::none) return run(sums_kernel<K, none>, gradient_kernel<K, none>);
+    if (p.mask) return run(sums_kernel<K, masked>, gradient_kernel<K, masked>);
+    if (is_curved(p.activation)) return run(sums_kernel<Curved<K>, general>, gradient_kernel<Curved<K>, general>);
+    return run(sums_kernel<K, general>, gradient_kernel<K, general>);
   });
 }
 

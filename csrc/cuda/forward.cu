@@ -212,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream) {
   const Operand operands[] = {{p.x, p.x_strides}, {p.residual, p.residual_strides}, {p.y, p.y_strides}};
   const int bytes = vector_bytes(p.dtype, p.extent, operands);
+  if (p.mask && bytes != vector_bytes(p.dtype, p.extent)) return cudaErrorMisalignedAddress;
   const Plan reduction = plan_for(p.dtype, p.extent, bytes, device.blocks);
   const Plan map = plan_for(p.dtype, p.extent, bytes, kMapRounds * device.blocks);
   const Scratch scratch(p.workspace, p.extent, device.blocks);

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 cudaError_t inference(const InferenceParams& p, const Device& device, cudaStream_t stream) {
   const Operand operands[] = {{p.x, p.x_strides}, {p.residual, p.residual_strides}, {p.y, p.y_strides}};
   const int bytes = vector_bytes(p.dtype, p.extent, operands);
+  if (p.mask && bytes != vector_bytes(p.dtype, p.extent)) return cudaErrorMisalignedAddress;
   const Plan plan = plan_for(p.dtype, p.extent, bytes, kMapRounds * device.blocks);
   return with_kind(p.dtype, p.extent.inner > 1, bytes, [&](auto kind) {
     using K = decltype(kind);

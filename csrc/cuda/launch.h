@@ -21,6 +21,10 @@ constexpr int kResident = 2;  // blocks that a multiprocessor must have register
 /// Bytes that the params' workspace must have.
 int64_t workspace(DType, const Extent&, int blocks);
 
+/// A mask has a byte for so many neighbours, as many as a thread reads at a time. With one all operands must lie so that
+/// it can, which is the caller's to see to.
+int mask_neighbours(DType, const Extent&);
+
 cudaError_t forward(const ForwardParams&, const Device&, cudaStream_t);
 cudaError_t inference(const InferenceParams&, const Device&, cudaStream_t);
 cudaError_t backward(const BackwardParams&, const Device&, cudaStream_t);

@@ -20,6 +20,7 @@ struct NormalizeParams {
   Strides x_strides;
   const void* residual;
   Strides residual_strides;
+  uint8_t* mask;
   void* y;
   Strides y_strides;
   Activation activation;
@@ -27,8 +28,8 @@ struct NormalizeParams {
 
   template <class P>
   __device__ explicit NormalizeParams(const P& p)
-      : x(p.x), x_strides(p.x_strides), residual(p.residual), residual_strides(p.residual_strides), y(p.y),
-        y_strides(p.y_strides), activation(p.activation), activation_number(p.activation_number) {}
+      : x(p.x), x_strides(p.x_strides), residual(p.residual), residual_strides(p.residual_strides), mask(p.mask),
+        y(p.y), y_strides(p.y_strides), activation(p.activation), activation_number(p.activation_number) {}
 };
 
 /// What a thread reads at one place, and what it writes there.
@@ -56,6 +57,13 @@ struct Normalize {
       to.set(e, z);
     }
     walk.store(p.y, p.y_strides, to.packed());
+    if constexpr (!kIsCurved<K>) {
+      if (!p.mask) return;
+      unsigned passed = 0;  // NB: found from what is stored, as registers are few
+#pragma unroll
+      for (int e = 0; e < K::kVector; ++e) passed |= unsigned(passes_relu(to[e])) << e;
+      p.mask[walk.position()] = uint8_t(passed);
+    }
   }
 };
 

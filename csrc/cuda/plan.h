@@ -34,6 +34,12 @@ int vector_bytes(DType dtype, const Extent& e, const Operand (&operands)[kOperan
   return size;
 }
 
+/// What the shape alone allows.
+inline int vector_bytes(DType dtype, const Extent& e) {
+  const Operand none[] = {{nullptr, {}}};
+  return vector_bytes(dtype, e, none);
+}
+
 /// A unit is what one thread reads at a time from one tensor: a vector of a plane, or a vector of channels of a row.
 struct Plan {
   int64_t channels, groups;

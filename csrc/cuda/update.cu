@@ -23,4 +23,6 @@ cudaError_t update(const UpdateParams& p, cudaStream_t stream) {
 
 int64_t workspace(DType dtype, const Extent& e, int blocks) { return Scratch::bytes(dtype, e, blocks); }
 
+int mask_neighbours(DType dtype, const Extent& e) { return vector_bytes(dtype, e) / size_of(dtype); }
+
 }  // namespace torch_bn::cuda

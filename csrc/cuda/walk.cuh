@@ -73,6 +73,11 @@ struct Walk {
     if constexpr (K::kPlanes) return outer * s.outer + channel * s.channel + i * K::kVector;
     return outer * s.outer + channel;
   }
+  /// Which of all units it is, in the order of memory: that of a mask's bytes.
+  __device__ int64_t position() const {
+    const int64_t plane = outer * plan.channels + channel;
+    return K::kPlanes ? plane * plan.inner + i : plane / K::kVector;
+  }
   template <class Element>
   __device__ Element* at(Element* data, const Strides& s) const { return data + offset(s); }
   __device__ typename K::Vector load(const void* data, const Strides& s) const {

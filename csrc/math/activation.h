@@ -13,6 +13,12 @@ BN_INLINE V relu(V z) {
   return z < V{} ? V{} : z;
 }
 
+/// Where the gradient of a scalar z passes.
+template <typename T>
+BN_INLINE bool passes_relu(T z) {
+  return !(z <= T(0));
+}
+
 /// dy where z > 0 or z is NaN; the derivative at 0 is 0, as in torch.
 template <typename V>
 BN_INLINE V relu_gradient(V z, V dy) {

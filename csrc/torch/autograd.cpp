@@ -9,6 +9,7 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardswish_backward.h>
 #include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/rsqrt.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/stack.h>
@@ -27,21 +28,22 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Name = std::optional<std::string_view>;  // of an activation
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-using Forward = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+using Forward = Three(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, int64_t, int64_t, bool,
                     bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&,
-                    const OptionalTensor&, Name, double);
-using Inference = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double);
+                    const OptionalTensor&, Name, double, bool);
+using Inference = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double, bool);
 using Backward = Four(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
-                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double);
+                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double, const OptionalTensor&);
 
 template <class Signature>
 auto find(const char* name) {
@@ -64,14 +66,17 @@ OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t
 Tensor plain(const OptionalTensor& t) { return t.value_or(Tensor()); }
 bool needs_grad(const OptionalTensor& t) { return t && t->defined() && t->requires_grad(); }
 
+bool is_channels_last(const Tensor& t) { return t.suggest_memory_format() != at::MemoryFormat::Contiguous; }
+
 /// What BatchNorm and BatchNormBackward keep beside tensors.
 struct Constants {
   bool training;
   double eps;
   int64_t axis, groups;
   Activation activation;
-  double number;       // of the activation
-  bool first, second;  // of BatchNorm: has a bias, has a residual; of BatchNormBackward: needs dx, needs the residual's
+  double number;               // of the activation
+  bool first, second;          // of BatchNorm: has a bias, a residual; of BatchNormBackward: needs dx, the residual's
+  bool masked, channels_last;  // there is a mask, in the order of such an input
 
   bool activated() const { return activation != Activation::none; }
   /// The derivative of z depends on z, not only on its sign.
@@ -79,7 +84,8 @@ struct Constants {
 
   /// NB: a tiny layer's backward notices every element of the tuple.
   c10::IValue pack() const {
-    const int64_t flags = training | first << 1 | second << 2 | int64_t(activation) << 3;
+    const int64_t flags =
+        training | first << 1 | second << 2 | masked << 3 | channels_last << 4 | int64_t(activation) << 5;
     if (has_number(activation)) return c10::ivalue::Tuple::create(flags, eps, axis, groups, number);
     return c10::ivalue::Tuple::create(flags, eps, axis, groups);
   }
@@ -89,14 +95,33 @@ struct Constants {
     const int64_t flags = v[0].toInt();
     const auto flag = [=](int place) { return bool(flags >> place & 1); };
     const double number = v.size() > 4 ? (v.end() - 1)->toDouble() : 0;
-    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), Activation(flags >> 3), number, flag(1), flag(2)};
+    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), Activation(flags >> 5), number, flag(1), flag(2),
+            flag(3), flag(4)};
   }
 };
 
-/// What the activation's derivative needs: nothing without one.
+/// The input as the mask describes it. NB: hooks on saved tensors may bring it back in another order.
+Tensor in_order(const Tensor& input, const Constants& call) {
+  if (!call.masked || is_channels_last(input) == call.channels_last) return input;
+  if (!call.channels_last) return input.contiguous();
+  return input.contiguous(input.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d);
+}
+
+/// What the activation's derivative needs: nothing without one. stopped: where relu lets nothing through, in place of
+/// the others.
 struct Shifts {
-  Tensor bias, residual;
+  Tensor bias, residual, stopped;
 };
+
+/// From a mask, which only the kernels can read.
+Tensor stopped_by_relu(const Tensor& input, const Tensor& saved, const Tensor& mask, const Constants& call) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor ones = at::ones({1}, input.options().memory_format(std::nullopt));
+  const auto gradients = backward_op().call(
+      ones.expand(input.sizes()), in_order(input, call), {}, saved, call.training, call.eps, call.axis, call.groups,
+      /*needs_input_grad=*/false, {}, {}, name_of(call.activation), /*needs_residual_grad=*/true, call.number, mask);
+  return std::get<3>(gradients) == 0;
+}
 
 /// The gradients of input, weight, bias and residual as differentiable operations on (grad_output, input, weight): what
 /// the kernels compute, so that autograd finds its derivatives. In training the statistics depend on the input and are
@@ -105,7 +130,7 @@ class DifferentiableGradients {
  public:
   DifferentiableGradients(const Tensor& input, const Tensor& weight, const Tensor& saved, const Shifts& shifts,
                           const Constants& call)
-      : call_(call), saved_(saved), residual_(shifts.residual), input_type_(input.scalar_type()),
+      : call_(call), saved_(saved), residual_(shifts.residual), stopped_(shifts.stopped), input_type_(input.scalar_type()),
         type_(input_type_ == at::kDouble ? at::kDouble : at::kFloat), axis_(call.axis < 0 ? call.axis + input.dim() : call.axis),
         shape_(input.dim(), 1) {
     shape_[axis_] = input.size(axis_);
@@ -114,7 +139,7 @@ class DifferentiableGradients {
     if (saved.size(0) > 2 * call.groups) r_ = row(2 * call.groups), d_ = row(2 * call.groups + 1);
     factor_ = weight.defined() ? weight.to(type_).view(shape_) : Tensor();
     if (r_.defined()) factor_ = factor_.defined() ? factor_ * r_ : r_;
-    if (!call.activated()) return;
+    if (!call.activated() || stopped_.defined()) return;
     if (shifts.bias.defined()) shift_ = in_z(shifts.bias).to(type_).view(shape_);
     if (!d_.defined()) return;
     const Tensor moved = weight.defined() ? d_ * in_z(weight).to(type_).view(shape_) : d_;
@@ -122,7 +147,7 @@ class DifferentiableGradients {
   }
 
   variable_list operator()(const Tensor& grad_output, const Tensor& input) const {
-    if (call_.groups == 1) return of_group(grad_output, input, residual_, 0);
+    if (call_.groups == 1) return of_group(grad_output, input, residual_, stopped_, 0);
     // Example i is the i / groups-th of group i % groups.
     const int64_t examples = input.size(0);
     std::vector<int64_t> places(examples);
@@ -131,7 +156,7 @@ class DifferentiableGradients {
     int64_t before = 0;
     for (int64_t group = 0; group < call_.groups; ++group) {
       const auto part = [&](const Tensor& t) { return t.defined() ? t.slice(0, group, examples, call_.groups) : t; };
-      const variable_list found = of_group(part(grad_output), part(input), part(residual_), group);
+      const variable_list found = of_group(part(grad_output), part(input), part(residual_), part(stopped_), group);
       dx.push_back(found[0]);
       dresidual.push_back(found[3]);
       dweight = dweight.defined() ? dweight + found[1] : found[1];
@@ -167,7 +192,8 @@ class DifferentiableGradients {
 
   Tensor row(int64_t i) const { return saved_.select(0, i).to(type_).view(shape_); }
 
-  variable_list of_group(const Tensor& grad_output, const Tensor& input, const Tensor& residual, int64_t group) const {
+  variable_list of_group(const Tensor& grad_output, const Tensor& input, const Tensor& residual, const Tensor& stopped,
+                         int64_t group) const {
     const Tensor x = input.to(type_);
     Tensor dy = grad_output.to(type_), deviation, scale;
     if (call_.training) {
@@ -179,7 +205,9 @@ class DifferentiableGradients {
       scale = row(call_.groups + group);
     }
     const Tensor xhat = deviation * scale;
-    if (call_.activated()) {
+    if (stopped.defined()) {
+      dy = dy.masked_fill(stopped, 0);
+    } else if (call_.activated()) {
       Tensor z = in_z(xhat);
       if (factor_.defined()) z = z * in_z(factor_);
       if (shift_.defined()) z = z + shift_;
@@ -195,7 +223,7 @@ class DifferentiableGradients {
 
   const Constants& call_;
   const Tensor& saved_;
-  const Tensor& residual_;
+  const Tensor &residual_, &stopped_;
   at::ScalarType input_type_, type_;
   int64_t axis_;
   std::vector<int64_t> shape_, others_;
@@ -207,14 +235,14 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& grad_output, const Tensor& input,
                                const OptionalTensor& weight, const Tensor& saved, const OptionalTensor& bias,
-                               const OptionalTensor& residual, const Constants& call) {
+                               const OptionalTensor& residual, const OptionalTensor& mask, const Constants& call) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->save_for_backward({grad_output, input, plain(weight), saved, plain(bias), plain(residual)});
+    ctx->save_for_backward({grad_output, input, plain(weight), saved, plain(bias), plain(residual), plain(mask)});
     ctx->saved_data["call"] = call.pack();
     ctx->set_materialize_grads(false);
     const auto [dx, dweight, dbias, dresidual] =
         backward_op().call(grad_output, input, weight, saved, call.training, call.eps, call.axis, call.groups,
-                           call.first, bias, residual, name_of(call.activation), call.second, call.number);
+                           call.first, bias, residual, name_of(call.activation), call.second, call.number, mask);
     // NB: the outputs of a Function must be there.
     const auto there = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
     return {there(dx), dweight, dbias, there(dresidual)};
@@ -232,11 +260,13 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
     };
     const Tensor dy = start(saved[0]), x = start(saved[1]), weight = start(saved[2]);
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
-    const Shifts shifts = call.curved() ? Shifts{start(saved[4]), start(saved[5])} : Shifts{saved[4], saved[5]};
+    Shifts shifts{saved[4], saved[5], {}};
+    if (call.curved()) shifts = {start(saved[4]), start(saved[5]), {}};
+    if (call.masked) shifts.stopped = stopped_by_relu(saved[1].detach(), saved[3], saved[6], call);
     variable_list gradients = DifferentiableGradients(x, weight, saved[3], shifts, call)(dy, x);
     if (!call.first) gradients[0] = Tensor();
     if (!call.second) gradients[3] = Tensor();
-    variable_list outputs, output_grads, inputs, result(7);
+    variable_list outputs, output_grads, inputs, result(8);
     std::vector<size_t> places;
     for (size_t i = 0; i < gradients.size(); ++i)
       if (gradients[i].defined() && gradients[i].requires_grad() && grads[i].defined()) {
@@ -261,18 +291,18 @@ class BatchNormBackward : public torch::autograd::Function<BatchNormBackward> {
 Four backward(const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Tensor& saved,
               bool training, double eps, int64_t axis, int64_t groups, bool needs_input_grad,
               const OptionalTensor& bias, const OptionalTensor& residual, Name activation, bool needs_residual_grad,
-              double activation_number) {
+              double activation_number, const OptionalTensor& mask) {
   const bool gradient = grad_output.requires_grad() || input.requires_grad() || needs_grad(weight) || needs_grad(bias) ||
                         needs_grad(residual);
   if (at::GradMode::is_enabled() && gradient) {
     const Constants call{training, eps, axis, groups, activation_of(activation), activation_number, needs_input_grad,
-                         needs_residual_grad};
-    const auto result = BatchNormBackward::apply(grad_output, input, weight, saved, bias, residual, call);
+                         needs_residual_grad, mask.has_value(), is_channels_last(input)};
+    const auto result = BatchNormBackward::apply(grad_output, input, weight, saved, bias, residual, mask, call);
     return {result[0], result[1], result[2], result[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return backward_op().call(grad_output, input, weight, saved, training, eps, axis, groups, needs_input_grad, bias,
-                            residual, activation, needs_residual_grad, activation_number);
+                            residual, activation, needs_residual_grad, activation_number, mask);
 }
 
 /// The arguments of batch_norm that have no derivative. As one, they cost autograd one.
@@ -290,22 +320,23 @@ struct Call {
   Name activation;
   double activation_number;
 
-  Two forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-              const OptionalTensor& residual) const {
+  Three forward(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                const OptionalTensor& residual, bool keep_mask) const {
     return forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, axis,
                              groups, unbiased, strict, renorm_mean, renorm_stddev, renorm_mean_weight,
                              renorm_stddev_weight, renorm_momentum, rmin, rmax, dmax, statistics, residual,
-                             activation, activation_number);
+                             activation, activation_number, keep_mask);
   }
-  Tensor inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual) const {
+  Two inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                const OptionalTensor& residual, bool keep_mask) const {
     return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict, residual, activation,
-                               activation_number);
+                               activation_number, keep_mask);
   }
   /// Below autograd, and where nothing needs a gradient.
   Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& residual) const {
-    return training ? std::get<0>(forward(input, weight, bias, residual)) : inference(input, weight, bias, residual);
+    return training ? std::get<0>(forward(input, weight, bias, residual, false))
+                    : std::get<0>(inference(input, weight, bias, residual, false));
   }
 };
 
@@ -314,22 +345,25 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight,
                         const OptionalTensor& bias, const OptionalTensor& residual, const Call& call) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    Tensor output, saved;
+    Tensor output, saved, mask;
     if (call.training) {
-      std::tie(output, saved) = call.forward(input, weight, bias, residual);
+      std::tie(output, saved, mask) = call.forward(input, weight, bias, residual, true);
     } else {
       // The buffers may change before backward (another forward, a broadcast by DDP): it gets copies.
-      output = call.inference(input, weight, bias, residual);
+      std::tie(output, mask) = call.inference(input, weight, bias, residual, true);
       const Tensor mean = call.running_mean->to(at::kDouble).view(-1), var = call.running_var->to(at::kDouble).view(-1);
       saved = at::stack({mean, at::rsqrt(var + call.eps)});
     }
     const Activation activation = activation_of(call.activation);
-    if (activation != Activation::none)
+    if (mask.defined())
+      ctx->save_for_backward({input, plain(weight), saved, mask});
+    else if (activation != Activation::none)
       ctx->save_for_backward({input, plain(weight), saved, plain(bias), plain(residual)});
     else
       ctx->save_for_backward({input, plain(weight), saved});
     ctx->saved_data["call"] = Constants{call.training, call.eps, call.axis, call.training ? call.groups : 1, activation,
-                                        call.activation_number, bias.has_value(), residual.has_value()}.pack();
+                                        call.activation_number, bias.has_value(), residual.has_value(), mask.defined(),
+                                        mask.defined() && is_channels_last(input)}.pack();
     if (residual) ctx->saved_data["residual"] = residual->scalar_type();
     const auto usual = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (bias && (bias->dim() != 1 || bias->scalar_type() != usual))
@@ -341,15 +375,15 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const auto saved = ctx->get_saved_variables();
     const Tensor& weight = saved[1];
     const Constants call = Constants::unpack(ctx->saved_data["call"]);
-    const bool has_bias = call.first, has_residual = call.second;
+    const bool has_bias = call.first, has_residual = call.second, shifted = call.activated() && !call.masked;
     const bool needs_input_grad = ctx->needs_input_grad(0);
     // NB: counts the tensors that there are.
     const bool needs_residual_grad = has_residual && ctx->needs_input_grad(1 + weight.defined() + has_bias);
     const auto [dx, dweight, dbias, dresidual] = torch_bn::backward(
-        grads[0], saved[0], optional(weight), saved[2], call.training, call.eps, call.axis, call.groups,
-        needs_input_grad, call.activated() ? optional(saved[3]) : std::nullopt,
-        call.activated() ? optional(saved[4]) : std::nullopt, name_of(call.activation),
-        call.activated() && needs_residual_grad, call.number);
+        grads[0], in_order(saved[0], call), optional(weight), saved[2], call.training, call.eps, call.axis, call.groups,
+        needs_input_grad, shifted ? optional(saved[3]) : std::nullopt, shifted ? optional(saved[4]) : std::nullopt,
+        name_of(call.activation), call.activated() && needs_residual_grad, call.number,
+        call.masked ? optional(saved[3]) : std::nullopt);
     variable_list result(5);
     if (needs_input_grad) result[0] = dx;
     if (weight.defined()) result[1] = like(dweight, weight.scalar_type(), weight.sizes());

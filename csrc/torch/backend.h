@@ -7,9 +7,16 @@
 
 namespace torch_bn {
 
+/// Of what a forward keeps of relu behind a residual: no bytes where backward reads the residual again. Then all operands
+/// must let so many neighbours be read at once.
+struct MaskShape {
+  int64_t bytes, neighbours;
+};
+
 /// Each function works on the given device, in the order of its current stream, and throws if it cannot.
 struct Backend {
   int64_t (*workspace)(DType, const Extent&, c10::Device);
+  MaskShape (*mask)(DType, const Extent&);
   void (*forward)(const ForwardParams&, c10::Device);
   void (*inference)(const InferenceParams&, c10::Device);
   void (*backward)(const BackwardParams&, c10::Device);

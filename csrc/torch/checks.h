@@ -247,4 +247,12 @@ inline int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& i
   return axis;
 }
 
+inline void check_mask(const OptionalTensor& mask, const at::Tensor& input, int64_t bytes) {
+  if (!mask) return;
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->is_contiguous() && mask->dim() == 1 && mask->numel() == bytes,
+              "batch_norm: mask must be contiguous Byte of [", bytes, "], as the forward has made it of an input in this "
+              "layout, got ", mask->scalar_type(), " of ", mask->sizes());
+  check_device(*mask, "mask", input);
+}
+
 }  // namespace torch_bn

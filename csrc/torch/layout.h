@@ -50,11 +50,13 @@ class Layout {
   /// The strides of a tensor of these sizes, if its dimensions merge to those of the extent.
   std::optional<Strides> strides(const at::Tensor& tensor) const;
 
-  /// Replaces `tensor` by a copy in this layout if it does not merge as it is. Of a tensor that repeats a single
-  /// element only one row or plane is made.
-  Strides fit(at::Tensor& tensor) const;
+  /// Replaces `tensor` by a copy in this layout if it does not merge as it is, or so many neighbours cannot be read at
+  /// once. Of a tensor that repeats a single element only one row or plane is made.
+  Strides fit(at::Tensor& tensor, int64_t neighbours) const;
 
  private:
+  bool aligned(const at::Tensor& tensor, const Strides& strides, int64_t neighbours) const;
+
   at::MemoryFormat format_;
   c10::SmallVector<int64_t, 5> sizes_, order_;  // order_: dimensions from the innermost
   int64_t axis_;
@@ -98,15 +100,22 @@ inline std::optional<Strides> Layout::strides(const at::Tensor& t) const {
   return Strides{*outer, channel};
 }
 
-inline Strides Layout::fit(at::Tensor& t) const {
-  if (const auto found = strides(t)) return *found;
+inline bool Layout::aligned(const at::Tensor& t, const Strides& s, int64_t neighbours) const {
+  if (neighbours == 1) return true;
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return address % (neighbours * t.element_size()) == 0 && s.outer % neighbours == 0 &&
+         (extent_.inner == 1 || s.channel % neighbours == 0);
+}
+
+inline Strides Layout::fit(at::Tensor& t, int64_t neighbours) const {
+  if (const auto found = strides(t); found && aligned(t, *found, neighbours)) return *found;
   const bool repeats = std::all_of(t.strides().begin(), t.strides().end(), [](int64_t stride) { return stride == 0; });
   if (repeats) {
     const int64_t adjacent = extent_.inner > 1 ? extent_.inner : extent_.channels;
     t = t.as_strided({adjacent}, {0}).contiguous();
     return {0, extent_.inner > 1 ? 0 : 1};
   }
-  t = t.contiguous(format_);
+  t = t.clone(format_);
   return *strides(t);
 }
 

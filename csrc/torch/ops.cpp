@@ -37,6 +37,7 @@ Executor host_threads() {
 
 const Backend cpu_backend{
     [](DType dtype, const Extent& extent, c10::Device) { return cpu::selected().workspace(dtype, extent); },
+    [](DType, const Extent& extent) { return MaskShape{cpu::selected().mask_bytes(extent), 1}; },
     [](const ForwardParams& p, c10::Device) { cpu::selected().forward(p, host_threads()); },
     [](const InferenceParams& p, c10::Device) { cpu::selected().inference(p, host_threads()); },
     [](const BackwardParams& p, c10::Device) { cpu::selected().backward(p, host_threads()); },
@@ -111,10 +112,10 @@ at::ScalarType parameter_type(const at::Tensor& input) {
 /// The residual, laid out for the kernels, or none.
 class Residual {
  public:
-  Residual(const OptionalTensor& tensor, const Layout& layout, at::ScalarType type) {
+  Residual(const OptionalTensor& tensor, const Layout& layout, at::ScalarType type, int64_t neighbours) {
     if (!tensor) return;
     values_ = as_type(*tensor, type);
-    strides = layout.fit(values_);
+    strides = layout.fit(values_, neighbours);
   }
   const void* data() const { return values_.defined() ? values_.const_data_ptr() : nullptr; }
   Strides strides = {};
@@ -159,14 +160,29 @@ class RunningBuffers {
   Buffer mean_, var_, counter_, renorm_mean_, renorm_stddev_, renorm_mean_weight_, renorm_stddev_weight_;
 };
 
-std::tuple<at::Tensor, at::Tensor> forward(
+/// For what relu lets through behind a residual, if it is to be kept.
+class Mask {
+ public:
+  Mask(bool keep, Activation activation, const OptionalTensor& residual, const Extent& extent, const at::Tensor& input) {
+    if (!keep || !residual || activation != Activation::relu || input.numel() == 0) return;
+    const MaskShape shape = backend_of(input.device()).mask(dtype_of(input), extent);
+    if (shape.bytes == 0) return;
+    tensor = make_empty({shape.bytes}, input, at::kByte);
+    neighbours = shape.neighbours;
+  }
+  uint8_t* data() { return tensor.defined() ? tensor.mutable_data_ptr<uint8_t>() : nullptr; }
+  at::Tensor tensor;
+  int64_t neighbours = 1;
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     std::optional<double> momentum, double eps, int64_t axis, int64_t groups, bool unbiased, bool strict,
     const OptionalTensor& renorm_mean, const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
     const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
     std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
-    const OptionalTensor& residual, std::optional<std::string_view> activation, double activation_number) {
+    const OptionalTensor& residual, std::optional<std::string_view> activation, double activation_number, bool keep_mask) {
   const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
   const TrainingArguments more{groups, renorm, renorm_momentum, statistics};
   axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict,
@@ -186,13 +202,14 @@ std::tuple<at::Tensor, at::Tensor> forward(
   at::Tensor saved = make_empty({2 * groups + (renorm_mean ? 2 : 0), channels}, input, at::kDouble);
   if (input.numel() == 0) {
     if (!apart && num_batches_tracked) num_batches_tracked->add_(1);
-    return {output, saved.zero_()};
+    return {output, saved.zero_(), at::Tensor()};
   }
+  Mask mask(keep_mask, act, residual, extent, input);
   at::Tensor x = input;
-  const Strides x_strides = layout.fit(x);
+  const Strides x_strides = layout.fit(x, mask.neighbours);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type);
-  const Residual added(residual, layout, input.scalar_type());
+  const Residual added(residual, layout, input.scalar_type(), mask.neighbours);
   RunningBuffers buffers(running_mean, running_var, num_batches_tracked, renorm, type);
   const c10::Device device = input.device();
   const Backend& backend = backend_of(device);
@@ -207,6 +224,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
                    .x_strides = x_strides,
                    .residual = added.data(),
                    .residual_strides = added.strides,
+                   .mask = mask.data(),
                    .y = output.mutable_data_ptr(),
                    .y_strides = *layout.strides(output),
                    .weight = gamma.data(),
@@ -221,7 +239,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
                    .workspace = workspace.data()},
                   device);
   if (!apart) buffers.write_back();
-  return {output, saved};
+  return {output, saved, mask.tensor};
 }
 
 void update_statistics(const at::Tensor& statistics, const OptionalTensor& running_mean,
@@ -243,21 +261,22 @@ void update_statistics(const at::Tensor& statistics, const OptionalTensor& runni
   buffers.write_back();
 }
 
-at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+std::tuple<at::Tensor, at::Tensor> inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis,
                      bool strict, const OptionalTensor& residual, std::optional<std::string_view> activation,
-                     double activation_number) {
+                     double activation_number, bool keep_mask) {
   axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict, residual});
   const Activation act = activation_of(activation);
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
   at::Tensor output = layout.empty(input);
-  if (input.numel() == 0) return output;
+  if (input.numel() == 0) return {output, at::Tensor()};
+  Mask mask(keep_mask, act, residual, extent, input);
   at::Tensor x = input;
-  const Strides x_strides = layout.fit(x);
+  const Strides x_strides = layout.fit(x, mask.neighbours);
   const auto type = parameter_type(input);
   const Parameter gamma(weight, type), beta(bias, type), mean(running_mean, type), var(running_var, type);
-  const Residual added(residual, layout, input.scalar_type());
+  const Residual added(residual, layout, input.scalar_type(), mask.neighbours);
   const c10::Device device = input.device();
   const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
@@ -270,6 +289,7 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
                      .x_strides = x_strides,
                      .residual = added.data(),
                      .residual_strides = added.strides,
+                     .mask = mask.data(),
                      .y = output.mutable_data_ptr(),
                      .y_strides = *layout.strides(output),
                      .weight = gamma.data(),
@@ -279,18 +299,22 @@ at::Tensor inference(const at::Tensor& input, const OptionalTensor& weight, cons
                      .running_var = var.data(),
                      .workspace = workspace.data()},
                     device);
-  return output;
+  return {output, mask.tensor};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& saved,
     bool training, double /*eps*/, int64_t axis, int64_t groups, bool needs_input_grad, const OptionalTensor& bias,
     const OptionalTensor& residual, std::optional<std::string_view> activation, bool needs_residual_grad,
-    double activation_number) {
+    double activation_number, const OptionalTensor& mask) {
   axis = check_backward(grad_output, input, weight, saved, axis, groups, bias, residual);
   const Activation act = activation_of(activation);
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
+  const Backend& backend = backend_of(input.device());
+  const MaskShape mask_shape = backend.mask(dtype_of(input), extent);
+  check_mask(mask, input, mask_shape.bytes);
+  const int64_t neighbours = mask ? mask_shape.neighbours : 1;
   const int64_t channels = extent.channels;
   const auto type = parameter_type(input);
   at::Tensor grad_input = needs_input_grad ? layout.empty(input) : at::Tensor();
@@ -298,11 +322,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   at::Tensor grad_weight = make_empty({channels}, input, type), grad_bias = make_empty({channels}, input, type);
   if (input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_(), grad_residual};
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
-  const Strides x_strides = layout.fit(x), dy_strides = layout.fit(dy);
+  const Strides x_strides = layout.fit(x, neighbours), dy_strides = layout.fit(dy, neighbours);
   const Parameter gamma(weight, type), beta(bias, type);
-  const Residual added(residual, layout, input.scalar_type());
+  const Residual added(residual, layout, input.scalar_type(), neighbours);
   const c10::Device device = input.device();
-  const Backend& backend = backend_of(device);
   const DType dtype = dtype_of(input);
   Workspace workspace(backend.workspace(dtype, extent, device), input);
   const double* const rows = saved.const_data_ptr<double>();
@@ -317,6 +340,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                     .x_strides = x_strides,
                     .residual = added.data(),
                     .residual_strides = added.strides,
+                    .mask = mask ? mask->const_data_ptr<uint8_t>() : nullptr,
                     .weight = gamma.data(),
                     .bias = beta.data(),
                     .mean = rows,
@@ -342,8 +366,8 @@ TORCH_LIBRARY(torch_bn, m) {
   // running_var. strict: refuse what torch refuses, one value per channel and eps that is not positive. renorm_*: the
   // averages of Batch Renormalization, which then corrects what training normalises, within the bounds. statistics:
   // float64 [2, C]; it receives what would have entered the running statistics, which then stay. residual: of the
-  // input's shape, added before the activation; kActivationNames has
-  // those. activation_number: the slope of leaky_relu, the alpha of elu.
+  // input's shape, added before the activation; kActivationNames has those. activation_number: the slope of leaky_relu,
+  // the alpha of elu.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, int axis, int groups=1, "
@@ -353,25 +377,28 @@ TORCH_LIBRARY(torch_bn, m) {
       "str? activation=None, float activation_number=0.0) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   // The two directions of that, below autograd. saved: float64 [2 * groups, C], the means and then the inverse
-  // deviations of the groups; with renorm two rows more, the corrections r and d.
+  // deviations of the groups; with renorm two rows more, the corrections r and d. keep_mask: with a residual and relu,
+  // return uint8 [n] of what relu lets through, for backward in place of bias and residual; it is None where that takes the
+  // residual.
   m.def(
       "_batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis, int groups, "
       "bool unbiased, bool strict, Tensor(d!)? renorm_mean, Tensor(e!)? renorm_stddev, "
       "Tensor(f!)? renorm_mean_weight, Tensor(g!)? renorm_stddev_weight, float renorm_momentum, float? rmin, "
       "float? rmax, float? dmax, Tensor(h!)? statistics, Tensor? residual, str? activation, "
-      "float activation_number=0.0) -> (Tensor output, Tensor saved)",
+      "float activation_number=0.0, bool keep_mask=False) -> (Tensor output, Tensor saved, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-      "float eps, int axis, bool strict, Tensor? residual, str? activation, float activation_number=0.0) -> Tensor",
+      "float eps, int axis, bool strict, Tensor? residual, str? activation, float activation_number=0.0, "
+      "bool keep_mask=False) -> (Tensor output, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   // training: saved depends on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
   // A gradient that is not needed is None. bias and residual count with an activation.
   m.def(
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool training, float eps, "
       "int axis, int groups, bool needs_input_grad, Tensor? bias=None, Tensor? residual=None, str? activation=None, "
-      "bool needs_residual_grad=False, float activation_number=0.0) -> "
+      "bool needs_residual_grad=False, float activation_number=0.0, Tensor? mask=None) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
       {at::Tag::pt2_compliant_tag});
   // Enters what batch_norm has written to `statistics` into the running ones.

@@ -13,7 +13,7 @@ enum class Run { first, second };
 /// What is tested.
 struct Backend {
   std::string name;
-  std::function<int64_t(DType, const Extent&)> workspace;
+  std::function<int64_t(DType, const Extent&)> workspace, mask_bytes;
   std::function<void(const ForwardParams&, Run)> forward;
   std::function<void(const InferenceParams&, Run)> inference;
   std::function<void(const BackwardParams&, Run)> backward;
@@ -44,6 +44,7 @@ struct Case {
   bool cumulative = false;        // the running statistics are plain averages
   bool stateless = false;         // there are none
   bool partly = false;            // backward is also asked for some of its results only
+  bool masked = false;            // backward gets a mask in place of residual and bias, where the backend makes one
   unsigned shifted = 0;           // bit by bit: x, residual, y, dy, dx, dresidual begin `shift` elements past an
   int64_t shift = 1;              // aligned place
 };
@@ -57,7 +58,7 @@ inline std::string describe(const Backend& backend, const Case& c, const std::st
   text += " activation " + std::to_string(int(c.activation)) + " of " + std::to_string(c.number);
   add(c.residual, "residual"), add(c.affine, "affine");
   add(c.padded, "padded"), add(c.apart, "apart"), add(c.expanded, "expanded"), add(c.renorm, "renorm");
-  add(c.unbiased, "unbiased"), add(c.cumulative, "cumulative"), add(c.stateless, "stateless");
+  add(c.masked, "masked"), add(c.unbiased, "unbiased"), add(c.cumulative, "cumulative"), add(c.stateless, "stateless");
   if (c.shifted) text += " shifted " + std::to_string(c.shifted) + " by " + std::to_string(c.shift);
   return text + " mean " + std::to_string(c.mean) + ": " + what;
 }

@@ -3,6 +3,7 @@
 // Every buffer is exactly as large as the contract says, so that a sanitizer sees one element too many, and what a
 // kernel must write is NaN before.
 #pragma once
+#include <optional>
 #include <random>
 
 #include "activations.h"
@@ -36,6 +37,7 @@ class Problem {
   std::vector<double> old_mean{}, old_var{}, old_renorm_mean{}, old_stddev{};
   std::unique_ptr<Buffer> weight{}, bias{};
   std::unique_ptr<State> state{};
+  std::vector<uint8_t> mask = std::vector<uint8_t>(c.masked ? backend.mask_bytes(c.dtype, e) : 0);
   std::vector<double> mean = absent(G * C), invstd = absent(G * C), correction = absent(2 * C);
   // From here on as it should be: of the groups, and of the batch as the running statistics see it.
   std::vector<long double> n, m, v;
@@ -78,6 +80,7 @@ class Problem {
     Buffer dx, dresidual, dweight, dbias;
   };
 
+  uint8_t* kept() { return mask.empty() ? nullptr : mask.data(); }
   void launch_forward(Buffer& y, State& state, double* statistics, Run run);
   void find_moments();
   void find_batch();
@@ -141,9 +144,9 @@ inline void Problem::launch_forward(Buffer& y, State& state, double* statistics,
   const Workspace workspace(backend, c.dtype, e);
   backend.forward({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
                    .x = x.data(), .x_strides = xs,
-                   .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .y = y.data(),
-                   .y_strides = ys, .weight = weight ? weight->data() : nullptr, .bias = bias ? bias->data() : nullptr,
-                   .eps = eps, .mean = mean.data(), .invstd = invstd.data(),
+                   .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .mask = kept(),
+                   .y = y.data(), .y_strides = ys, .weight = weight ? weight->data() : nullptr, 
+                   .bias = bias ? bias->data() : nullptr, .eps = eps, .mean = mean.data(), .invstd = invstd.data(),
                    .correction = c.renorm ? correction.data() : nullptr, .running = state.running(),
                    .unbiased = c.unbiased, .statistics = statistics, .workspace = workspace.data()},
                   run);
@@ -156,10 +159,12 @@ inline void Problem::check_forward() {
   launch_forward(y_kept, unchanged, kept.data(), Run::second);
   expect(unchanged.same_bits_as(*state), "statistics are only kept");
   const std::vector<double> mean_kept = mean, invstd_kept = invstd;
+  const std::vector<uint8_t> mask_kept = mask;
   mean = absent(G * C), invstd = absent(G * C), correction = absent(2 * C);
   launch_forward(y, *state, nullptr, Run::first);
   expect(same_bits(y, y_kept), "the other run changes y");
   expect(mean == mean_kept && invstd == invstd_kept, "the other run changes the statistics");
+  expect(mask == mask_kept, "the other run changes the mask");
   check_moments();
   check_correction();
   check_y();
@@ -237,8 +242,8 @@ inline Problem::Gradients Problem::launch_backward(bool training, unsigned absen
   backend.backward({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
                     .training = training, .dy = dy.data(),
                     .dy_strides = dys, .x = x.data(), .x_strides = xs,
-                    .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys,
-                    .weight = weight ? weight->data() : nullptr, .bias = bias ? bias->data() : nullptr,
+                    .residual = c.residual && !kept() ? residual.data() : nullptr, .residual_strides = ys, .mask = kept(),
+                    .weight = weight ? weight->data() : nullptr, .bias = bias && !kept() ? bias->data() : nullptr,
                     .mean = mean.data(), .invstd = invstd.data(),
                     .correction = c.renorm && training ? correction.data() : nullptr, .dx = data(found.dx, 0),
                     .dx_strides = ys, .dresidual = c.residual ? data(found.dresidual, 1) : nullptr,
@@ -319,19 +324,25 @@ inline void Problem::check_inference() {
   y.reset();
   backend.inference({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
                      .x = x.data(), .x_strides = xs,
-                     .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .y = y.data(),
-                     .y_strides = ys, .weight = weight ? weight->data() : nullptr,
+                     .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .mask = kept(),
+                     .y = y.data(), .y_strides = ys, .weight = weight ? weight->data() : nullptr,
                      .bias = bias ? bias->data() : nullptr, .eps = eps, .running_mean = state->mean.data(),
                      .running_var = state->var.data(), .workspace = workspace.data()},
                     Run::second);
+  std::optional<Gradients> found;  // of the residual: dy where the mask says so
+  if (kept()) found = launch_backward(false, 1, Run::first);
+  bool mask_fits = true;
   Worst worst;
   each([&](int64_t o, int64_t ch, int64_t i, int64_t) {
     const double rm = state->mean.get(ch), rv = state->var.get(ch);
     const double term = (x_at(o, ch, i) - rm) / std::sqrt(rv + eps) * gamma[ch];
-    const double want = curve.value(term + beta[ch] + (c.residual ? residual.get(offset(ys, o, ch, i)) : 0));
+    const double z = term + beta[ch] + (c.residual ? residual.get(offset(ys, o, ch, i)) : 0), want = curve.value(z);
     const double got = y.get(offset(ys, o, ch, i)), size = 1 + std::fabs(term) + std::fabs(want);
     worst.include(std::fabs(got - want) / size);
+    if (!found || std::fabs(z) < 1e-4) return;
+    mask_fits &= found->dresidual.get(offset(ys, o, ch, i)) == (z > 0 ? dy.get(offset(dys, o, ch, i)) : 0);
   });
+  expect(mask_fits, "the mask");
   const double unit = epsilon_of(c.dtype);
   expect(worst.value <= 4 * unit, "inference, error " + std::to_string(worst.value / unit));
 }

@@ -35,6 +35,7 @@ const Executor& executor(Run run) { return run == Run::first ? serial : threaded
 Backend table(const Kernels& k) {
   return {.name = k.name,
           .workspace = k.workspace,
+          .mask_bytes = [&k](DType, const Extent& e) { return k.mask_bytes(e); },
           .forward = [&k](const ForwardParams& p, Run run) { k.forward(p, executor(run)); },
           .inference = [&k](const InferenceParams& p, Run run) { k.inference(p, executor(run)); },
           .backward = [&k](const BackwardParams& p, Run run) { k.backward(p, executor(run)); },
@@ -46,7 +47,8 @@ const std::vector<Extent> extents = {
     {3, 5, 77}, {2, 3, 2}, {7, 1, 2}, {101, 17, 1}, {2, 1, 1}, {2, 3, 1025}, {1, 2, 5000}, {5, kLanes + 1, kLanes - 1},
     {33, 4 * kLanes + 3, 1}, {300, 3 * kLanes, 1}, {9, 300, 4}, {2, 600, 1}, {6, 3, 49, 1, 2}, {7, 5, 9, 1, 3},
     {60, 19, 1, 10, 3}, {520, 5, 1, 1, 2}, {3, 2, 40000}, {1100, 2, 64}, {8, 2, 5000, 1, 4}, {1536, 3, 1, 48, 1},
-    {70, 400, 1}, {45, 1100, 1}, {9000, 64, 1}, {2560, 12, 1, 512, 2}, {1344, 40, 1, 64, 5}};
+    {70, 400, 1}, {45, 1100, 1}, {9000, 64, 1}, {2560, 12, 1, 512, 2}, {1344, 40, 1, 64, 5},
+    {70, 6, 8}, {6, 11, 16, 1, 2}};
 const std::vector<Extent> far_extents = {{40, 7, 1}, {300, 37, 1}, {640, 6, 1}, {48, 6, 3}, {5, 6, 50}, {2, 6, 5000}};
 
 }  // namespace
@@ -57,17 +59,19 @@ int main() {
     unsigned seed = 1;
     for (const Extent& e : extents)
       for (DType d : {DType::f32, DType::f64, DType::bf16, DType::f16})
-        for (int variant = 0; variant < 5; ++variant) {
+        for (int variant = 0; variant < 6; ++variant) {
           const int64_t elements = e.outer * e.channels * e.inner;
-          if (elements > 50000 && variant % 2) continue;
+          if (elements > 50000 && variant % 2 && variant < 5) continue;
           if (elements > 300000 && d != DType::f32) continue;
           const double mean = variant == 0 ? 0 : variant == 1 ? 10 : d == DType::f32 || d == DType::f64 ? 1e4 : 3;
-          const Curve& curve = variant >= 3 ? curves()[seed % curves().size()]
-                                            : curve_of(variant == 1 ? Activation::relu : Activation::none, 0);
-          run_case(backend, {.dtype = d, .extent = e, .activation = curve.activation, .residual = variant / 2 == 1,
+          const bool masked = variant == 5;
+          const Curve& curve = variant == 3 || variant == 4
+                                   ? curves()[seed % curves().size()]
+                                   : curve_of(variant == 1 || masked ? Activation::relu : Activation::none, 0);
+          run_case(backend, {.dtype = d, .extent = e, .activation = curve.activation, .residual = variant / 2 == 1 || masked,
                              .affine = variant != 0, .padded = variant == 1 || variant == 2, .expanded = variant == 3,
                              .renorm = variant == 1 || variant == 3, .unbiased = variant < 2, .mean = mean,
-                             .deviation = 1.0, .number = curve.number},
+                             .deviation = 1.0, .number = curve.number, .masked = masked},
                    seed++);
         }
     check_conversions(backend);

@@ -26,6 +26,9 @@ Backend emulated(int blocks, unsigned seed) {
   };
   return {.name = name,
           .workspace = [=](DType d, const Extent& e) { return cuda::workspace(d, e, blocks); },
+          .mask_bytes = [](DType d, const Extent& e) {
+            return e.outer * e.channels * e.inner / cuda::mask_neighbours(d, e);
+          },
           .forward = launch(cuda::forward),
           .inference = launch(cuda::inference),
           .backward = launch(cuda::backward),
@@ -78,6 +81,12 @@ void run_shapes(const std::vector<Shape>& shapes, unsigned dtypes, unsigned seed
     for (unsigned i = 0; i < dtypes; ++i, ++number) {
       Case c = make_case(shape, kDTypes[(first + i) % 4], number);
       run_case(emulated(shape.blocks, seed), c, number);
+      if (number % 3 == 0) {
+        Case masked = c;
+        masked.activation = Activation::relu, masked.number = 0, masked.residual = masked.masked = true;
+        masked.padded = masked.apart = false, masked.shifted = 0;
+        run_case(emulated(shape.blocks, seed), masked, number);
+      }
       if (number % 4 != 0) continue;
       const Curve& curve = curves()[number / 4 % curves().size()];
       c.activation = curve.activation, c.number = curve.number;

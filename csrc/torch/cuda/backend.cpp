@@ -74,6 +74,10 @@ void run(cudaError_t (*launcher)(const Params&, const cuda::Device&, cudaStream_
 
 const Backend backend{
     [](DType dtype, const Extent& e, c10::Device device) { return cuda::workspace(dtype, e, facts_of(device).blocks); },
+    [](DType dtype, const Extent& e) {
+      const int64_t neighbours = cuda::mask_neighbours(dtype, e);
+      return MaskShape{e.outer * e.channels * e.inner / neighbours, neighbours};
+    },
     [](const ForwardParams& p, c10::Device device) { run(cuda::forward, p, p.extent.channels, device, "forward"); },
     [](const InferenceParams& p, c10::Device device) { run(cuda::inference, p, 0, device, "inference"); },
     [](const BackwardParams& p, c10::Device device) { run(cuda::backward, p, p.extent.channels, device, "backward"); },
