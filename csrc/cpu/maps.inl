@@ -24,10 +24,17 @@ template <class D>
 bool worth_streaming(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
   if (!kCanStream<D>) return false;
+  if (!out) return true;
   const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
   return (reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0 &&
          e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
 }
+
+/// What a map makes of one register.
+template <class D, int kCount>
+struct Results {
+  Vec<D> values[kCount];
+};
 
 /// What the forward and the inference map have in common.
 struct NormalizeParams {
@@ -44,6 +51,7 @@ struct NormalizeParams {
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
 template <class D, Ending kEnding>
 struct Normalize {
+  static constexpr int kOutputs = 1;
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
@@ -58,25 +66,25 @@ struct Normalize {
     }
   };
   struct At {
+    Element* out[1];
     const Element *x, *residual;
-    Element* out;
     uint8_t* mask;
   };
   At at(int64_t outer, int64_t channel) const {
-    return {place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
+    return {{place(static_cast<Element*>(p.y), p.y_strides, outer, channel)},
+            place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
-            place(static_cast<Element*>(p.y), p.y_strides, outer, channel),
             kEnding == Ending::masked ? mask_place(p.mask, extent, outer, channel, 0) : nullptr};
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   void next(At& a) const {
     advance(a.x, p.x_strides);
     advance(a.residual, p.residual_strides);
-    advance(a.out, p.y_strides);
+    advance(a.out[0], p.y_strides);
     if constexpr (kEnding == Ending::masked) a.mask += mask_strides(extent).outer / 8;
   }
   template <class Count>
-  Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
     Vec<D> z;
     if constexpr (D::kWithRest)
@@ -94,13 +102,14 @@ struct Normalize {
         z = apply_activation<Parameter<D>>(p.activation, number.value, z);
       else if (p.activation == Activation::relu) z = relu(z);
     }
-    return z;
+    return {{z}};
   }
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
 template <class D, Ending kEnding>
 struct NormalizeGradient {
+  static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2;
   static constexpr bool kMayLackOutput = kEnding != Ending::none;
   using Element = typename D::Element;
   const BackwardParams& p;
@@ -114,13 +123,16 @@ struct NormalizeGradient {
     }
   };
   struct At {
+    Element* out[kOutputs];
     UpstreamGradient<D, kEnding> from;
-    Element *out, *dresidual;
   };
   At at(int64_t outer, int64_t channel) const {
-    return {UpstreamGradient<D, kEnding>(p, outer, channel, 0),
-            place(static_cast<Element*>(p.dx), p.dx_strides, outer, channel),
-            place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel)};
+    At a;
+    a.from = UpstreamGradient<D, kEnding>(p, outer, channel, 0);
+    a.out[0] = place(static_cast<Element*>(p.dx), p.dx_strides, outer, channel);
+    if constexpr (kOutputs > 1)
+      a.out[1] = place(static_cast<Element*>(p.dresidual), p.dresidual_strides, outer, channel);
+    return a;
   }
   int64_t channel_stride() const { return p.dx_strides.channel; }
   void next(At& a) const {
@@ -128,15 +140,16 @@ struct NormalizeGradient {
     advance(a.from.dy, p.dy_strides);
     advance(a.from.residual, p.residual_strides);
     if constexpr (kEnding == Ending::masked) a.from.mask += mask_strides(p.extent).outer / 8;
-    advance(a.out, p.dx_strides);
-    advance(a.dresidual, p.dresidual_strides);
+    advance(a.out[0], p.dx_strides);
+    if constexpr (kOutputs > 1) advance(a.out[1], p.dresidual_strides);
   }
   template <class Count>
-  Vec<D> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
-    if (kEnding != Ending::none && a.dresidual) store<D>(a.dresidual + i, dz, count);
-    return dz * k.slope + (deviation * k.bend + k.shift);
+    const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
+    if constexpr (kOutputs > 1) return {{dx, dz}};
+    else return {{dx}};
   }
 };
 
@@ -150,13 +163,12 @@ struct Coefficients {
 };
 
 /// Writes what one step of a walk makes: as many registers of results as fill one of elements.
-template <class D, bool kStreamed, class Map>
-BN_INLINE void put(const typename Map::At& at, int64_t i, Whole<D> elements) {
-  if (Map::kMayLackOutput && !at.out) return;
+template <class D, bool kStreamed>
+BN_INLINE void put(typename D::Element* to, Whole<D> elements) {
   if constexpr (kStreamed)
-    stream<D>(at.out + i, elements);
+    stream<D>(to, elements);
   else
-    __builtin_memcpy(at.out + i, &elements, sizeof elements);
+    __builtin_memcpy(to, &elements, sizeof elements);
 }
 
 /// Applies a map to n adjacent elements at kRows places side by side; channel_at(i, count) gives the coefficients of a
@@ -170,18 +182,23 @@ BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int6
     const auto &k = channel_at(i, All{}), &next = channel_at(i + kStep - L, All{});
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      const auto low = D::narrow(map(at[row], i, All{}, k));
-      if constexpr (kNarrowing<D> == 1)
-        put<D, kStreamed, Map>(at[row], i, low);
-      else
-        put<D, kStreamed, Map>(at[row], i, joined(low, D::narrow(map(at[row], i + L, All{}, next))));
+      const auto low = map(at[row], i, All{}, k), high = kNarrowing<D> == 1 ? low : map(at[row], i + L, All{}, next);
+#pragma GCC unroll 2
+      for (int o = 0; o < Map::kOutputs; ++o) {
+        if (Map::kMayLackOutput && !at[row].out[o]) continue;
+        if constexpr (kNarrowing<D> == 1)
+          put<D, kStreamed>(at[row].out[o] + i, low.values[o]);
+        else
+          put<D, kStreamed>(at[row].out[o] + i, joined(D::narrow(low.values[o]), D::narrow(high.values[o])));
+      }
     }
   }
   each_register_overlapping<D>(i, n, [&](int64_t rest, auto count) {
     const auto& k = channel_at(rest, count);
     for (int row = 0; row < kRows; ++row) {
-      const Vec<D> result = map(at[row], rest, count, k);
-      if (!Map::kMayLackOutput || at[row].out) store<D>(at[row].out + rest, result, count);
+      const auto results = map(at[row], rest, count, k);
+      for (int o = 0; o < Map::kOutputs; ++o)
+        if (!Map::kMayLackOutput || at[row].out[o]) store<D>(at[row].out[o] + rest, results.values[o], count);
     }
   });
 }
@@ -197,7 +214,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
-      if constexpr (!kStreamed) prefetch_plane<D>(at[0].out + map.channel_stride(), inner);
+      if constexpr (!kStreamed) prefetch_plane<D>(at[0].out[0] + map.channel_stride(), inner);
       map_run<D, 1, kStreamed>(map, at, inner, [&](int64_t, auto) -> const auto& { return k; });
     }
   }

@@ -90,7 +90,8 @@ struct Backward {
   Backward(const BackwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
         mapped(folded_all(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(mapped.extent, p.dx, mapped.dx_strides, p.training, executor)) {}
+        streamed(worth_streaming<D>(mapped.extent, p.dx, mapped.dx_strides, p.training, executor) &&
+                 worth_streaming<D>(mapped.extent, p.dresidual, mapped.dresidual_strides, p.training, executor)) {}
 
   static Folding folding_of_all(const BackwardParams& p) {
     const Folding f = folding_of(p.extent, sizeof(typename D::Element));
