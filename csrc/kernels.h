@@ -54,7 +54,7 @@ struct ForwardParams {
   const void* residual = nullptr;          // [outer, channels, inner] or null
   Strides residual_strides = {};
   uint8_t* mask = nullptr;                 // [mask_bytes()] or null, out: what relu lets through, if there is a residual
-  void* y;                                 // [outer, channels, inner], out
+  void* y;                                 // [outer, channels, inner], out; may be x, with the same strides
   Strides y_strides;
   const void* weight;                      // [channels] or null for ones
   const void* bias;                        // [channels] or null for zeros
@@ -88,7 +88,7 @@ struct InferenceParams {
   const void* residual = nullptr;          // [outer, channels, inner] or null
   Strides residual_strides = {};
   uint8_t* mask = nullptr;                 // [mask_bytes()] or null, out: what relu lets through, if there is a residual
-  void* y;                                 // [outer, channels, inner], out
+  void* y;                                 // [outer, channels, inner], out; may be x, with the same strides
   Strides y_strides;
   const void* weight;                      // [channels] or null for ones
   const void* bias;                        // [channels] or null for zeros

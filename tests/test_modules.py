@@ -149,7 +149,7 @@ def test_constructor_begins_as_torchs_does(torchs, ours, shape):
     assert [(p.name, p.default, p.kind) for p in actual] == [(p.name, p.default, p.kind) for p in expected]
     extra = [p.name for p in inspect.signature(ours).parameters.values() if p.kind is p.KEYWORD_ONLY]
     *before, fused = torch_bn.modules.OPTIONS
-    assert extra == ["bias", "scale", "axis", *before, "activation", fused]
+    assert extra == ["bias", "scale", "axis", *before, "activation", "inplace", fused]
     assert issubclass(ours, torchs)
 
 

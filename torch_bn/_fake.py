@@ -69,7 +69,8 @@ def _forward(
     activation: str | None,
     activation_number: float = 0.0,
     keep_mask: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     averages = (renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight)
     renorm = None if renorm_mean is None else Renorm(*averages, renorm_momentum)  # type: ignore[arg-type]
     axis = check(
@@ -78,7 +79,8 @@ def _forward(
     )  # fmt: skip
     rows = 2 * groups + (2 if renorm else 0)
     saved = input.new_empty((rows, input.size(axis)), dtype=torch.float64)
-    return _output(input), saved, _mask(input, axis, groups, residual, activation) if keep_mask else None
+    output = _output(input) if out is None else None
+    return output, saved, _mask(input, axis, groups, residual, activation) if keep_mask else None
 
 
 def _inference(
@@ -94,12 +96,14 @@ def _inference(
     activation: str | None,
     activation_number: float = 0.0,
     keep_mask: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     axis = check(
         input, weight, bias, running_mean, running_var, None, False, None, eps, axis, 1, strict, None, None,
         residual, activation,
     )  # fmt: skip
-    return _output(input), _mask(input, axis, 1, residual, activation) if keep_mask else None
+    output = _output(input) if out is None else None
+    return output, _mask(input, axis, 1, residual, activation) if keep_mask else None
 
 
 def _backward(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _operators, _shapes, reference, updates
+from . import _inplace, _operators, _shapes, reference, updates
 from ._checks import Activation, Renorm, activation_and_number, check, check_residual
 from .schedules import check_clipping, clipping_at
 
@@ -36,6 +36,7 @@ class Extras(NamedTuple):
     renorm: Renorm | None = None
     frozen: bool = False
     """Statistics of the batch are used and the running ones stay."""
+    inplace: bool = False
 
 
 class Ending(NamedTuple):
@@ -64,6 +65,7 @@ def batch_norm(
     adjustment: Callable[[torch.Size], Any] | None = None,
     activation: Activation = None,
     residual: Tensor | None = None,
+    inplace: bool = False,
     fused: bool | None = None,
 ) -> Tensor:
     """Normalises each channel of a batch: :func:`torch.nn.functional.batch_norm` on compiled kernels, and more.
@@ -106,6 +108,12 @@ def batch_norm(
             Default: None, none.
         residual: added before the activation in the same pass; of the input's shape and any of the four dtypes, in
             whose precision its gradient comes. Default: None.
+        inplace: let y take the place of the input, which must not be used any more: one tensor less in memory. Where
+            gradients are recorded the input is found again from y, for a derivative of first order: with activation
+            None or leaky_relu of a positive slope, an input in float32 or float64 that is neither a leaf nor a view, no
+            residual, and a weight without zeros (a look at it makes a GPU's queue wait), rounded by |bias / weight|
+            times as much. Without effect on plain torch operations, in graphs of torch.compile, for several axes and
+            with an adjustment. Default: False.
         fused: None takes the compiled kernels where they can serve and plain torch operations where not (no kernels
             loaded, another device, torch.func transforms, forward-mode differentiation, torch.jit.trace). True takes
             the kernels or raises. False takes plain torch operations. Default: None.
@@ -117,7 +125,8 @@ def batch_norm(
     Raises:
         ValueError: one value per channel (of a group) in training, eps or axis out of range, one running statistic
             without the other, momentum=None, virtual_batch_size not positive or with axis 0, unknown keys in
-            renorm_clipping, an adjustment that does not broadcast, a residual of another shape, an unknown activation.
+            renorm_clipping, an adjustment that does not broadcast, a residual of another shape, an unknown activation,
+            inplace=True where the input cannot be found again.
         RuntimeError: a tensor of the wrong length or on another device, evaluation without running statistics,
             fused=True where the kernels cannot serve.
         TypeError, NotImplementedError: dtypes other than the four, arguments of another type.
@@ -141,17 +150,19 @@ def batch_norm(
             adjustment=adjustment,
             activation=activation,
             residual=residual,
+            inplace=inplace,
             fused=fused,
         )
     axes = _shapes.check_axes(axis)
     _check_types(input, running_mean, running_var, weight, bias, training, momentum, eps, fused)
+    check_inplace(inplace)
     check_virtual_batch_size(virtual_batch_size)
     check_renorm(renorm, renorm_clipping, renorm_momentum)
     name, number = activation_and_number(activation)
     check_residual_type(residual)
     ending = None if residual is None and name is None else Ending(residual, name, number)
-    plain = renorm is None and virtual_batch_size is None and adjustment is None
-    if isinstance(axes, int) and (plain or not training):
+    plain = renorm is None and virtual_batch_size is None and adjustment is None and not inplace
+    if isinstance(axes, int) and (plain or not (training or inplace)):
         return _batch_norm(
             *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused, None, ending)
         )
@@ -159,6 +170,7 @@ def batch_norm(
     extras = Extras(
         groups=_shapes.groups_of(input, axes, virtual_batch_size) if training else 1,
         renorm=Renorm(*renorm, renorm_momentum, *bounds) if renorm is not None else None,
+        inplace=inplace,
     )
     return _batch_norm_with(
         *(input, weight, bias, running_mean, running_var, None, training, momentum, eps, axes, fused, extras),
@@ -185,13 +197,14 @@ def _batch_norm_with(
 ) -> Tensor:
     """The same with everything that TensorFlow's layer has, brought to the form that :func:`_batch_norm` takes."""
     if not training:
-        extras, adjusted = Extras(strict=extras.strict), None
+        extras, adjusted = Extras(strict=extras.strict, inplace=extras.inplace), None
     if isinstance(axes, int) and adjusted is None:
         return _batch_norm(
             *(input, weight, bias, running_mean, running_var, num_batches_tracked),
             *(training, momentum, eps, axes, fused, extras),
             ending,
         )
+    extras = extras._replace(inplace=False)
     axes = _shapes.resolved(axes, input)
     x, axis = _shapes.gathered(input, axes)
     ending = ending or Ending()
@@ -254,13 +267,17 @@ def _batch_norm(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
         )
     extras, ending = extras or Extras(), ending or Ending()
+    inplace = extras.inplace and not torch.compiler.is_compiling()
+    if inplace:
+        _inplace.check(input, weight, bias, *ending)
+        inplace = not updates.repeats()
 
     def run(statistics: Tensor | None, renorm: Renorm | None) -> Tensor:
         plain = (input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
         if obstacle is not None:
             return reference.batch_norm(*plain, *extras[:3], renorm, statistics, *ending)
         more = (*extras[:3], *(renorm or _NO_RENORM), statistics, *ending)
-        return _operators.batch_norm(*plain, *more)  # type: ignore[no-any-return]
+        return (_inplace.batch_norm if inplace else _operators.batch_norm)(*plain, *more)
 
     stateless = running_mean is None and num_batches_tracked is None and extras.renorm is None
     if not training or stateless or not (extras.frozen or updates.interfere(extras.renorm)):
@@ -290,6 +307,11 @@ _NO_RENORM = (None, None, None, None, 0.01, None, None, None)
 def check_residual_type(residual: object) -> None:
     if residual is not None and not isinstance(residual, Tensor):
         raise TypeError(f"batch_norm: residual must be a Tensor or None, got {type(residual).__name__}")
+
+
+def check_inplace(inplace: object) -> None:
+    if not isinstance(inplace, bool):
+        raise TypeError(f"batch_norm: inplace must be a bool, got {inplace!r}")
 
 
 def check_virtual_batch_size(size: object) -> None:

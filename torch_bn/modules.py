@@ -15,6 +15,7 @@ from .functional import (
     _batch_norm,
     _batch_norm_with,
     _check_fused,
+    check_inplace,
     check_renorm_momentum,
     check_residual_type,
     check_virtual_batch_size,
@@ -56,6 +57,9 @@ _ARGUMENTS = """
             as ("leaky_relu", 0.2) with the slope of leaky_relu, by default 0.01, or the alpha of elu, by default 1.
             Default: None, none; the residual is added all the same. The forward takes one for the call, too:
             layer(x, residual, "relu").
+        inplace: let y take the place of the input, which must not be used any more: one tensor less in memory. In
+            training with activation None or leaky_relu of a positive slope, whose input can be found again from y, in
+            float32 or float64; :func:`torch_bn.functional.batch_norm` says more. Default: False.
         fused: True insists on the compiled kernels, False on plain torch operations. Default: None, the kernels where
             they can serve.
 
@@ -92,6 +96,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     virtual_batch_size: int | None = None
     adjustment: Callable[[torch.Size], Any] | None = None
     activation: Activation = None
+    inplace: bool = False
     fused: bool | None = None
 
     renorm_mean: Tensor
@@ -118,6 +123,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
         adjustment: Callable[[torch.Size], Any] | None = None,
         activation: Activation = None,
+        inplace: bool = False,
         fused: bool | None = None,
     ) -> None:
         index = self._checked_axis(axis)
@@ -131,6 +137,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         }
         check_options(options, track_running_stats)
         activation_and_number(activation)  # raises if it is none
+        check_inplace(inplace)
         affine = bool(affine and (scale or bias))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         # torch before 2.13 has no `bias` keyword, and none has `scale`.
@@ -140,6 +147,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.register_parameter("bias", None)
         self.axis = index
         self.activation = activation
+        self.inplace = inplace
         self._set_options(options)
 
     def _set_options(self, options: Mapping[str, Any]) -> None:
@@ -219,6 +227,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                     adjustment_of(self.adjustment, input, self.axis),
                     ending,
                 )
+        if self.inplace:
+            extras = (extras or Extras())._replace(inplace=True)
         return _batch_norm(
             input,
             weight,
@@ -294,7 +304,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             text += ", scale=False"
         if self.axis != 1:
             text += f", axis={self.axis}"
-        for name in ("activation", *OPTIONS):
+        for name in ("activation", "inplace", *OPTIONS):
             if getattr(self, name) != getattr(_BatchNorm, name):
                 text += f", {name}={getattr(self, name)!r}"
         return text

@@ -80,7 +80,7 @@ def revert(model: Model) -> Model:
     for layer in ours.values():
         layer._set_options({"renorm": False})
         _change_class(layer, _TORCHS[_class(layer)])
-        for option in ("axis", "activation", *modules.OPTIONS):
+        for option in ("axis", "activation", "inplace", *modules.OPTIONS):
             vars(layer).pop(option, None)
     return model
 

@@ -164,4 +164,13 @@ def _forward_again(run: Run, room: Callable[[], Tensor], renorm: Renorm) -> Tens
 
 def _may_be_checkpointed() -> bool:
     """Whether this forward may be run again: torch.utils.checkpoint records no gradients or packs saved tensors."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not torch.is_grad_enabled() or _packs_saved_tensors()
+
+
+def _packs_saved_tensors() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def repeats() -> bool:
+    """Whether this forward repeats another one or may be repeated itself, so that its input must stay."""
+    return recomputes() or _packs_saved_tensors()

@@ -91,7 +91,7 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   UpstreamGradient<D, kEnding> row(p, outers[rows.first], column, 0);
   for (int64_t r = rows.first; r < rows.last; ++r) {
     const UpstreamGradient<D, kEnding> next(p, outers[least(r + 1, known - 1)], column, 0);
-    each_register<D>(width, [&](int64_t c, auto count) {
+    each_register<D>(0, width, [&](int64_t c, auto count) {
       prefetch_ahead(next.x + c), prefetch_ahead(next.dy + c);
       const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};

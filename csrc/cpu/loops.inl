@@ -32,15 +32,14 @@ template <class D> BN_INLINE Vec<D> keep(Vec<D> v, Last last) {
   return v;
 }
 
-/// Calls f(i, count) on every register of n adjacent elements: whole ones, then the rest.
+/// Calls f(i, count) on every register of the adjacent elements from i to n: whole ones, then the rest.
 template <class D, class F>
-BN_INLINE void each_register(int64_t n, const F& f) {
-  int64_t i = 0;
+BN_INLINE void each_register(int64_t i, int64_t n, const F& f) {
   for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
   if (i < n) f(i, int(n - i));
 }
 
-/// The same from i on, where the rest may reach back over elements already seen, which is quicker than a part of a
+/// The same, where the rest may reach back over elements already seen, which is quicker than a part of a
 /// register: f gives the same result for them again, or keeps them out of its sums.
 template <class D, class F>
 BN_INLINE void each_register_overlapping(int64_t i, int64_t n, const F& f) {

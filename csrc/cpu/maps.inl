@@ -77,6 +77,7 @@ struct Normalize {
             kEnding == Ending::masked ? mask_place(p.mask, extent, outer, channel, 0) : nullptr};
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
+  bool overwrites() const { return p.x == p.y; }
   void next(At& a) const {
     advance(a.x, p.x_strides);
     advance(a.residual, p.residual_strides);
@@ -135,6 +136,7 @@ struct NormalizeGradient {
     return a;
   }
   int64_t channel_stride() const { return p.dx_strides.channel; }
+  static constexpr bool overwrites() { return false; }
   void next(At& a) const {
     advance(a.from.x, p.x_strides);
     advance(a.from.dy, p.dy_strides);
@@ -193,14 +195,16 @@ BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int6
       }
     }
   }
-  each_register_overlapping<D>(i, n, [&](int64_t rest, auto count) {
+  const auto map_rest = [&](int64_t rest, auto count) {
     const auto& k = channel_at(rest, count);
     for (int row = 0; row < kRows; ++row) {
       const auto results = map(at[row], rest, count, k);
       for (int o = 0; o < Map::kOutputs; ++o)
         if (!Map::kMayLackOutput || at[row].out[o]) store<D>(at[row].out[o] + rest, results.values[o], count);
     }
-  });
+  };
+  if (map.overwrites()) each_register<D>(i, n, map_rest);
+  else each_register_overlapping<D>(i, n, map_rest);
 }
 
 /// Applies a map to the planes of the channels, at the given outers.

@@ -118,7 +118,7 @@ __attribute__((flatten)) void sum_side_by_side(const typename D::Element* const*
   using P = Parameter<D>;
   typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
   const auto add = [&](int begin, auto rows) {
-    each_register<D>(width, [&](int64_t c, auto count) {
+    each_register<D>(0, width, [&](int64_t c, auto count) {
       const Vec<D> centre = load<P>(pivot + c, count);
       Vec<D> s1[2] = {}, s2[2] = {};
 #pragma GCC unroll 8
@@ -152,7 +152,7 @@ __attribute__((flatten)) void sum_in_turn(const typename D::Element* const* row,
   typename D::Compute chain_first[kSkewedBlock<D>], chain_second[kSkewedBlock<D>];
   const auto add = [&](int r, auto begins, auto ends) {
     const typename D::Element* const next = row[r + 1 < n ? r + 1 : r];
-    each_register<D>(width, [&](int64_t c, auto count) {
+    each_register<D>(0, width, [&](int64_t c, auto count) {
       prefetch_ahead(next + c);
       const Vec<D> d = load<D>(row[r] + c, count) - load<P>(pivot + c, count);
       Vec<D> s1 = d, s2 = d * d;

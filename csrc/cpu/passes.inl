@@ -61,7 +61,7 @@ struct Forward {
   Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
         mapped(folded_map(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
+        streamed(p.x != p.y && worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
   }
@@ -159,7 +159,7 @@ struct Inference {
   Inference(const InferenceParams& params, const Executor& executor)
       : folding(narrowed(folding_of_map<D>(params))), p(folded_map(params, folding)), mapped(p),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(p.extent, p.y, p.y_strides, false, executor)) {
+        streamed(p.x != p.y && worth_streaming<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}

@@ -39,9 +39,10 @@ using Forward = Three(const Tensor&, const OptionalTensor&, const OptionalTensor
                     const OptionalTensor&, const OptionalTensor&, std::optional<double>, double, int64_t, int64_t, bool,
                     bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                     double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&,
-                    const OptionalTensor&, Name, double, bool);
+                    const OptionalTensor&, Name, double, bool, const OptionalTensor&);
 using Inference = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double, bool);
+                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double, bool,
+                      const OptionalTensor&);
 using Backward = Four(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
                       int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double, const OptionalTensor&);
 
@@ -325,12 +326,12 @@ struct Call {
     return forward_op().call(input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, axis,
                              groups, unbiased, strict, renorm_mean, renorm_stddev, renorm_mean_weight,
                              renorm_stddev_weight, renorm_momentum, rmin, rmax, dmax, statistics, residual,
-                             activation, activation_number, keep_mask);
+                             activation, activation_number, keep_mask, /*out=*/{});
   }
   Two inference(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                 const OptionalTensor& residual, bool keep_mask) const {
     return inference_op().call(input, weight, bias, running_mean, running_var, eps, axis, strict, residual, activation,
-                               activation_number, keep_mask);
+                               activation_number, keep_mask, /*out=*/{});
   }
   /// Below autograd, and where nothing needs a gradient.
   Tensor without_gradient(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -1,6 +1,7 @@
 // All checks of arguments, for every operator and device. Types and texts are torch's own where they do not start with
 // "batch_norm:". reference.py makes the same checks for the path without kernels. Only ops.cpp includes this.
 #pragma once
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
@@ -245,6 +246,13 @@ inline int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& i
               "], got ", saved.scalar_type(), " of ", saved.sizes());
   check_device(saved, "saved", input);
   return axis;
+}
+
+/// What y may overwrite.
+inline void check_out(const OptionalTensor& out, const at::Tensor& input) {
+  if (!out) return;
+  TORCH_CHECK(out->is_same(input), "batch_norm: out must be the input itself or None");
+  at::assert_no_internal_overlap(input);
 }
 
 inline void check_mask(const OptionalTensor& mask, const at::Tensor& input, int64_t bytes) {

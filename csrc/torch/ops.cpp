@@ -160,6 +160,30 @@ class RunningBuffers {
   Buffer mean_, var_, counter_, renorm_mean_, renorm_stddev_, renorm_mean_weight_, renorm_stddev_weight_;
 };
 
+/// Where y goes: into a new tensor, or over the input.
+class Output {
+ public:
+  Output(bool inplace, const at::Tensor& input, const Layout& layout) {
+    if (inplace) over_ = input;
+    if (!inplace || !layout.strides(input)) values_ = layout.empty(input);
+    at::Tensor& target = values_.defined() ? values_ : over_;
+    data = target.mutable_data_ptr();
+    strides = *layout.strides(target);
+  }
+  /// After the kernel: the new tensor, undefined if there is none.
+  at::Tensor finished() {
+    if (!over_.defined()) return values_;
+    if (values_.defined()) over_.copy_(values_);
+    else if (!over_.is_inference()) over_.unsafeGetTensorImpl()->bump_version();
+    return {};
+  }
+  void* data;
+  Strides strides;
+
+ private:
+  at::Tensor values_, over_;
+};
+
 /// For what relu lets through behind a residual, if it is to be kept.
 class Mask {
  public:
@@ -182,12 +206,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const OptionalTensor& renorm_mean, const OptionalTensor& renorm_stddev, const OptionalTensor& renorm_mean_weight,
     const OptionalTensor& renorm_stddev_weight, double renorm_momentum, std::optional<double> rmin,
     std::optional<double> rmax, std::optional<double> dmax, const OptionalTensor& statistics,
-    const OptionalTensor& residual, std::optional<std::string_view> activation, double activation_number, bool keep_mask) {
+    const OptionalTensor& residual, std::optional<std::string_view> activation, double activation_number, bool keep_mask,
+    const OptionalTensor& out) {
   const RenormTensors renorm{renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight};
   const TrainingArguments more{groups, renorm, renorm_momentum, statistics};
   axis = check({input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum, eps, axis, strict,
                 residual},
                &more);
+  check_out(out, input);
   const Activation act = activation_of(activation);
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
@@ -198,12 +224,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
               "batch_norm: in a graph of torch.compile a forward with renorm cannot be repeated by torch.utils.checkpoint, "
               "because its averages have moved on since; use one of the two for such layers");
   const OptionalTensor apart = repeated ? make_empty({2, channels}, input, at::kDouble) : statistics;
-  at::Tensor output = layout.empty(input);
   at::Tensor saved = make_empty({2 * groups + (renorm_mean ? 2 : 0), channels}, input, at::kDouble);
   if (input.numel() == 0) {
     if (!apart && num_batches_tracked) num_batches_tracked->add_(1);
-    return {output, saved.zero_(), at::Tensor()};
+    return {out ? at::Tensor() : layout.empty(input), saved.zero_(), at::Tensor()};
   }
+  Output output(out.has_value(), input, layout);
   Mask mask(keep_mask, act, residual, extent, input);
   at::Tensor x = input;
   const Strides x_strides = layout.fit(x, mask.neighbours);
@@ -225,8 +251,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
                    .residual = added.data(),
                    .residual_strides = added.strides,
                    .mask = mask.data(),
-                   .y = output.mutable_data_ptr(),
-                   .y_strides = *layout.strides(output),
+                   .y = output.data,
+                   .y_strides = output.strides,
                    .weight = gamma.data(),
                    .bias = beta.data(),
                    .eps = eps,
@@ -239,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
                    .workspace = workspace.data()},
                   device);
   if (!apart) buffers.write_back();
-  return {output, saved, mask.tensor};
+  return {output.finished(), saved, mask.tensor};
 }
 
 void update_statistics(const at::Tensor& statistics, const OptionalTensor& running_mean,
@@ -264,13 +290,14 @@ void update_statistics(const at::Tensor& statistics, const OptionalTensor& runni
 std::tuple<at::Tensor, at::Tensor> inference(const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, int64_t axis,
                      bool strict, const OptionalTensor& residual, std::optional<std::string_view> activation,
-                     double activation_number, bool keep_mask) {
+                     double activation_number, bool keep_mask, const OptionalTensor& out) {
   axis = check({input, weight, bias, running_mean, running_var, {}, false, 0.0, eps, axis, strict, residual});
+  check_out(out, input);
   const Activation act = activation_of(activation);
   const Layout layout(input, axis);
   const Extent& extent = layout.extent();
-  at::Tensor output = layout.empty(input);
-  if (input.numel() == 0) return {output, at::Tensor()};
+  if (input.numel() == 0) return {out ? at::Tensor() : layout.empty(input), at::Tensor()};
+  Output output(out.has_value(), input, layout);
   Mask mask(keep_mask, act, residual, extent, input);
   at::Tensor x = input;
   const Strides x_strides = layout.fit(x, mask.neighbours);
@@ -290,8 +317,8 @@ std::tuple<at::Tensor, at::Tensor> inference(const at::Tensor& input, const Opti
                      .residual = added.data(),
                      .residual_strides = added.strides,
                      .mask = mask.data(),
-                     .y = output.mutable_data_ptr(),
-                     .y_strides = *layout.strides(output),
+                     .y = output.data,
+                     .y_strides = output.strides,
                      .weight = gamma.data(),
                      .bias = beta.data(),
                      .eps = eps,
@@ -299,7 +326,7 @@ std::tuple<at::Tensor, at::Tensor> inference(const at::Tensor& input, const Opti
                      .running_var = var.data(),
                      .workspace = workspace.data()},
                     device);
-  return {output, mask.tensor};
+  return {output.finished(), mask.tensor};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
@@ -379,19 +406,20 @@ TORCH_LIBRARY(torch_bn, m) {
   // The two directions of that, below autograd. saved: float64 [2 * groups, C], the means and then the inverse
   // deviations of the groups; with renorm two rows more, the corrections r and d. keep_mask: with a residual and relu,
   // return uint8 [n] of what relu lets through, for backward in place of bias and residual; it is None where that takes the
-  // residual.
+  // residual. out: None, or the input itself, which y then overwrites; output is None.
   m.def(
       "_batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, int axis, int groups, "
       "bool unbiased, bool strict, Tensor(d!)? renorm_mean, Tensor(e!)? renorm_stddev, "
       "Tensor(f!)? renorm_mean_weight, Tensor(g!)? renorm_stddev_weight, float renorm_momentum, float? rmin, "
       "float? rmax, float? dmax, Tensor(h!)? statistics, Tensor? residual, str? activation, "
-      "float activation_number=0.0, bool keep_mask=False) -> (Tensor output, Tensor saved, Tensor mask)",
+      "float activation_number=0.0, bool keep_mask=False, Tensor(i!)? out=None) -> "
+      "(Tensor output, Tensor saved, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
       "float eps, int axis, bool strict, Tensor? residual, str? activation, float activation_number=0.0, "
-      "bool keep_mask=False) -> (Tensor output, Tensor mask)",
+      "bool keep_mask=False, Tensor(a!)? out=None) -> (Tensor output, Tensor mask)",
       {at::Tag::pt2_compliant_tag});
   // training: saved depends on input. grad_weight and grad_bias: [C] in float32, in float64 for such an input.
   // A gradient that is not needed is None. bias and residual count with an activation.

@@ -81,7 +81,8 @@ class Problem {
   };
 
   uint8_t* kept() { return mask.empty() ? nullptr : mask.data(); }
-  void launch_forward(Buffer& y, State& state, double* statistics, Run run);
+  void launch_forward(const Buffer& x, Buffer& y, State& state, double* statistics, Run run);
+  void check_overwriting();
   void find_moments();
   void find_batch();
   void check_moments() const;
@@ -140,7 +141,7 @@ inline void Problem::find_batch() {
   }
 }
 
-inline void Problem::launch_forward(Buffer& y, State& state, double* statistics, Run run) {
+inline void Problem::launch_forward(const Buffer& x, Buffer& y, State& state, double* statistics, Run run) {
   const Workspace workspace(backend, c.dtype, e);
   backend.forward({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
                    .x = x.data(), .x_strides = xs,
@@ -156,12 +157,13 @@ inline void Problem::check_forward() {
   Buffer y_kept = tensor(2, span(e, ys));
   std::vector<double> kept = absent(2 * C);
   State unchanged = initial_state(), updated = initial_state();
-  launch_forward(y_kept, unchanged, kept.data(), Run::second);
+  launch_forward(x, y_kept, unchanged, kept.data(), Run::second);
   expect(unchanged.same_bits_as(*state), "statistics are only kept");
   const std::vector<double> mean_kept = mean, invstd_kept = invstd;
   const std::vector<uint8_t> mask_kept = mask;
   mean = absent(G * C), invstd = absent(G * C), correction = absent(2 * C);
-  launch_forward(y, *state, nullptr, Run::first);
+  launch_forward(x, y, *state, nullptr, Run::first);
+  check_overwriting();
   expect(same_bits(y, y_kept), "the other run changes y");
   expect(mean == mean_kept && invstd == invstd_kept, "the other run changes the statistics");
   expect(mask == mask_kept, "the other run changes the mask");
@@ -178,6 +180,17 @@ inline void Problem::check_forward() {
   backend.update({.dtype = parameters_of(c.dtype), .channels = C, .statistics = kept.data(), .eps = eps,
                   .running = updated.running()});
   check_state(updated);
+}
+
+/// y may take the place of x.
+inline void Problem::check_overwriting() {
+  if (c.padded || c.apart || c.shifted) return;
+  Buffer both = tensor(0, x.count);
+  std::memcpy(both.data(), x.data(), x.count * size_of(c.dtype));
+  State again = initial_state();
+  launch_forward(both, both, again, nullptr, Run::second);
+  expect(same_bits(both, y), "y in the place of x");
+  expect(again.same_bits_as(*state), "running statistics, y in the place of x");
 }
 
 /// The moments are exact to the compute type relative to the deviation, however far the mean.
