@@ -53,6 +53,7 @@ bench: build
 	$(python) -m benchmarks.features
 	$(python) -m benchmarks.fused
 	$(python) -m benchmarks.network
+	$(python) -m benchmarks.inplace
 
 # On a machine with a GPU, as one command or in its two parts. Nothing is installed, as such machines often have no
 # network: make cuda-verify VENV=/path/to/environment, with torch and most of requirements-dev.txt in it.

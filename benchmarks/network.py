@@ -90,7 +90,7 @@ def layer_rows(subject: Subject, setting: Setting) -> list[StepRow]:
     rows = []
     for name, end in ends.items():
         memory = memory_of(partial(_graph, end, inputs))
-        rows.append(_row(subject, name, case.shape, setting, kept_MB=memory.kept / MB))
+        rows.append(row_of(subject.name, subject.layout, name, case.shape, setting, kept_MB=memory.kept / MB))
     return rows
 
 
@@ -102,8 +102,9 @@ def step_rows(compiling: str, subject: Subject, seconds: float, setting: Setting
     contenders = [Contender(name, lambda step: step, lambda step: step(), [step]) for name, step in steps.items()]
     times = measure(contenders, end - monotonic(), LEAST_ROUNDS)
     shape = tuple(batch.images.shape)
-    rows = [_row(subject, name, shape, setting, **_measured(name, times, memories[name])) for name in steps]
-    return rows + [_row(subject, name, shape, setting, note=note) for name, note in notes.items()]
+    row = partial(row_of, subject.name, subject.layout, shape=shape, setting=setting)
+    rows = [row(name, **_measured(name, times, memories[name])) for name in steps]
+    return rows + [row(name, note=note) for name, note in notes.items()]
 
 
 def verified_steps(
@@ -172,8 +173,8 @@ that a step has allocated at once. Kept: what its forward leaves for the backwar
 momentum and images, and are exact.
 
 The last table has a layer and what follows it alone, on {shape_name(LAYER_SHAPE)}: what it keeps for the backward
-besides its inputs. In a network the next convolution keeps the output in any case, and our fused sum keeps the
-residual, which torch's does not need.
+besides its inputs. In a network the next convolution keeps the output in any case. Of the residual our fused sum keeps
+a bit for each element.
 
 {table(rows)}
 """
@@ -203,11 +204,13 @@ def _measured(name: str, times: dict[str, Quantiles], memory: Memory) -> dict[st
     }  # fmt: skip
 
 
-def _row(subject: Subject, provider: str, shape: tuple[int, ...], setting: Setting, **measured: Any) -> StepRow:
+def row_of(
+    network: str, layout: str, provider: str, shape: tuple[int, ...], setting: Setting, **measured: Any
+) -> StepRow:
     numbers = ("median_ms", "p20_ms", "p80_ms", "versus_torch", "versus_compiled", "peak_MB", "kept_MB")
     values: dict[str, Any] = {**dict.fromkeys(numbers), "rounds": 0, "note": "", **asdict(setting), **measured}
-    values |= {"dtype": "float32", "layout": subject.layout, "shape": shape_name(shape)}
-    return StepRow(network=subject.name, provider=provider, **values)
+    values |= {"dtype": "float32", "layout": layout, "shape": shape_name(shape)}
+    return StepRow(network=network, provider=provider, **values)
 
 
 def _name(subject: Subject, provider: str) -> str:
