@@ -31,20 +31,24 @@ P folded_map(P p, const Folding& f) {
   return p;
 }
 
+/// next: how many channels on from these are the next to be reduced, 0 for none.
 template <class D, class P>
 void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
-               Range columns) {
+               Range columns, int64_t next) {
+  const int64_t x_away = next * p.x_strides.channel;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides,
                           p.activation};
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, Ending::none>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, Ending::none>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers, columns);
   else if (p.mask)
-    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers,
+                    columns);
   else if (is_curved(p.activation))
-    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, p.extent,
+    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, x_away, {p.activation_number}}, p.extent,
                                    coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, Ending::general>{n, p.extent}, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(Normalize<D, Ending::general>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers,
+                    columns);
 }
 
 template <class D>
@@ -74,7 +78,9 @@ struct Forward {
     plane_moments<D>(p, work.cut, part.outers, part.units, columns, likely, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
-  void map(Range outers, Range columns) const { normalize<D>(mapped, streamed, work.coefficients, outers, columns); }
+  void map(Range outers, Range columns, int64_t next) const {
+    normalize<D>(mapped, streamed, work.coefficients, outers, columns, next);
+  }
 };
 
 template <class D>
@@ -133,17 +139,21 @@ struct Backward {
     plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
-  void map(Range outers, Range columns) const {
-    if (p.activation == Activation::none && p.dx && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, Ending::none>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
-    else if (p.mask && (p.dx || p.dresidual))
-      map_elements<D>(NormalizeGradient<D, Ending::masked>{mapped}, streamed, mapped.extent, work.coefficients, outers,
-                      columns);
-    else if (is_curved(p.activation) && (p.dx || p.dresidual))
-      map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, Ending::general>{mapped}, mapped.extent,
-                                     work.coefficients, outers, columns);
-    else if (p.dx || p.dresidual)
-      map_elements<D>(NormalizeGradient<D, Ending::general>{mapped}, streamed, mapped.extent, work.coefficients, outers, columns);
+  void map(Range outers, Range columns, int64_t next) const {
+    if (!p.dx && !p.dresidual) return;
+    const int64_t x_away = next * mapped.x_strides.channel, dy_away = next * mapped.dy_strides.channel;
+    if (p.activation == Activation::none && !p.dresidual)
+      map_elements<D>(NormalizeGradient<D, Ending::none>{mapped, x_away, dy_away}, streamed, mapped.extent,
+                      work.coefficients, outers, columns);
+    else if (p.mask)
+      map_elements<D>(NormalizeGradient<D, Ending::masked>{mapped, x_away, dy_away}, streamed, mapped.extent,
+                      work.coefficients, outers, columns);
+    else if (is_curved(p.activation))
+      map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, Ending::general>{mapped, x_away, dy_away},
+                                     mapped.extent, work.coefficients, outers, columns);
+    else
+      map_elements<D>(NormalizeGradient<D, Ending::general>{mapped, x_away, dy_away}, streamed, mapped.extent,
+                      work.coefficients, outers, columns);
   }
 };
 
@@ -165,5 +175,7 @@ struct Inference {
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
-  void map(Range outers, Range columns) const { normalize<D>(p, streamed, work.coefficients, outers, columns); }
+  void map(Range outers, Range columns, int64_t) const {
+    normalize<D>(p, streamed, work.coefficients, outers, columns, 0);
+  }
 };

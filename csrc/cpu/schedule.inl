@@ -13,7 +13,7 @@ struct Steps {
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);  // planes: one group after another
   void (*finish)(const void* self, Range channels);
-  void (*map)(const void* self, Range outers, Range columns);
+  void (*map)(const void* self, Range outers, Range columns, int64_t next);
 };
 
 template <class Pass>
@@ -26,7 +26,9 @@ Steps steps_of(const Pass& pass) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);
           },
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
-          [](const void* self, Range outers, Range columns) { static_cast<const Pass*>(self)->map(outers, columns); }};
+          [](const void* self, Range outers, Range columns, int64_t next) {
+            static_cast<const Pass*>(self)->map(outers, columns, next);
+          }};
 }
 
 /// The last map over everything, tile by tile: some rows, or some planes of one outer, of one group after another. After a
@@ -46,14 +48,15 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
       const int64_t tile = from_end ? first + last - 1 - i : i, column = tile % across * width;
       const int64_t piece = tile / across, from = piece % down * height;
       const int64_t outer = e.groups == 1 ? 0 : grouping.first_outer(piece / down);
-      steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)});
+      steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)},
+                0);
     }
     end_streaming();
   });
 }
 
-/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read. The columns
-/// of a block are adjacent unless rows are folded; then there is one block.
+/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read, and asks for
+/// what the next reduction reads. The columns of a block are adjacent unless rows are folded; then there is one block.
 void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int64_t grain) {
   const Extent& e = steps.extent;
   const Folding& f = steps.folding;
@@ -67,7 +70,8 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
         for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
       steps.finish(steps.self, channels);
       const Extent& mapped = steps.map_extent;
-      steps.map(steps.self, {0, mapped.outer}, f.fold == 1 ? columns : Range{0, mapped.channels});
+      const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
+      steps.map(steps.self, {0, mapped.outer}, f.fold == 1 ? columns : Range{0, mapped.channels}, next);
     }
     end_streaming();
   });
@@ -99,10 +103,10 @@ void run_steps(const Steps& steps, const Executor& executor) {
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
-/// until they are mapped. With two inputs few: the map of one block makes the processor fetch the next. Groups need many,
-/// as each block has some work for each of them. A power of two, which threads share evenly.
+/// until they are mapped, while the next come. With two inputs few. Groups need many, as each block has some work for each
+/// of them. A power of two, which threads share evenly.
 int64_t channels_at_once(const Steps& steps, int threads) {
-  constexpr int64_t kCacheBytes = 1 << 19, kMany = 64;
+  constexpr int64_t kCacheBytes = 1 << 18, kMany = 64;
   const Extent& e = steps.extent;
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
