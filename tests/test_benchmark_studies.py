@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import torch_bn
-from benchmarks import features, fused
+from benchmarks import features, fused, inplace
 from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.harness import Quantiles
+from benchmarks.network import StepRow
 from benchmarks.rows import Setting, read_rows, timed_rows
 
 SETTING = Setting("cpu", 2, "a machine, 2 cores", "abcdef0", "2000-01-31", "2.13.0")
@@ -96,3 +97,33 @@ class TestFused:
                 case = Case("odd", shape, torch.float32, "channels_last")
                 rows += [fused.of_kind(row, "BN+ReLU") for row in timed_rows(case, direction, quantiles_of, SETTING)]
         assert "| BN+ReLU | float32 | channels_last | torch_bn | 2.00x (1.00), 50% |" in fused.table(rows)
+
+
+class TestInPlace:
+    """What layers in place save."""
+
+    @pytest.fixture(autouse=True)
+    def _small(self, monkeypatch):
+        monkeypatch.setattr(inplace, "WIDTHS", (4, "pool", 8, 4))
+        monkeypatch.setattr(inplace, "SIDE", 16)
+
+    def test_each_layer_is_what_its_row_says(self):
+        for provider, kind in ((inplace.TORCH, nn.BatchNorm2d), (inplace.IN_PLACE, torch_bn.BatchNorm2d)):
+            net = inplace.with_layers_of(provider, "contiguous")
+            layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+            assert len(layers) == 3 and {type(layer) for layer in layers} == {kind}
+            assert all(getattr(layer, "inplace", False) == (provider == inplace.IN_PLACE) for layer in layers)
+
+    def test_the_command_writes_rows_and_a_page(self, tmp_path):
+        assert inplace.main(["--seconds", "0", "--output", str(tmp_path)]) == 0
+        rows = read_rows(tmp_path / "inplace.csv", StepRow)
+        providers = [inplace.TORCH, inplace.OURS, inplace.IN_PLACE]
+        assert [row.provider for row in rows] == providers * 4
+        kept = {row.provider: row.kept_MB for row in rows if row.network == inplace.TRAINING}
+        assert kept[inplace.IN_PLACE] < 0.8 * kept[inplace.OURS] <= 0.8 * kept[inplace.TORCH]
+        assert inplace.table(rows) in (tmp_path / "inplace.md").read_text()
+
+    def test_a_network_that_is_wrong_is_not_timed(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch_bn, "fuse", lambda net: nn.init.zeros_(net[0][1].bias))
+        with pytest.raises(ValueError, match="must be within"):
+            inplace.main(["--seconds", "0", "--output", str(tmp_path)])
