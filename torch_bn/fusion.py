@@ -226,7 +226,7 @@ def _ending(parent: nn.Module, calls: list[fx.Node]) -> _Ending | str:
     if any(_changes(parent, node, call.args[0]) for node in _between(call, following)):
         return "its input is changed in place before the sum"
     if any(_changes(parent, node, residual) for node in _between(following, call.graph.output_node())):
-        return "the other summand is changed in place after the sum"  # which backward reads again
+        return "the other summand is changed in place after the sum"  # which backward may read again
     after = _only_user(following)
     activation = None if after is None else _activation(parent, after)
     steps = [following] if after is None or activation is None else [following, after]

@@ -48,8 +48,8 @@ BN_INLINE void each_register_overlapping(int64_t i, int64_t n, const F& f) {
   n < kLanes<D> ? f(i, int(n - i)) : f(n - kLanes<D>, Last{int(n - i)});
 }
 
-/// What comes after the normalisation, as far as the loops differ: nothing; anything, of which backward finds the derivative
-/// again; or a residual and then relu, of which a mask is kept.
+/// What comes after the normalisation, as far as the loops differ: nothing; anything, of which backward finds the
+/// derivative again; or a residual and then relu, of which a mask is kept.
 enum class Ending { none, general, masked };
 
 /// Two sums over the same elements, in four independent chains.

@@ -1,6 +1,7 @@
 // The two maps over the elements: x to y, and (dy, x) to dx. Each is written for one register; the walk over planes,
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
-// Ending::none: only x to y, or (dy, x) to dx; general: there may be an activation, a residual, or a gradient to leave out.
+// Ending::none: only x to y, or (dy, x) to dx; general: there may be an activation, a residual, or a gradient to leave
+// out.
 // kStreamed: the output goes past the caches. A template argument, as a branch in the innermost loop costs a tenth.
 
 template <class Element>
@@ -30,10 +31,9 @@ bool worth_streaming(const Extent& e, const void* out, const Strides& s, bool tr
          e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
 }
 
-/// Asks for what is read at the same place of the next channels, while memory is idle for reading; `away` is 0 where
-/// there are none.
+/// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading.
 template <class Element>
-BN_INLINE void prefetch_next_channels(const Element* place, int64_t away) {
+BN_INLINE void prefetch_away(const Element* place, int64_t away) {
   if (away) prefetch_ahead(place + away);
 }
 
@@ -53,6 +53,7 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
+  int64_t x_away, residual_away;  // to the next channels that are reduced; to the next outer
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
@@ -63,7 +64,6 @@ struct Normalize {
   using Element = typename D::Element;
   const NormalizeParams p;
   const Extent& extent;
-  const int64_t x_away;  // to the next channels that are reduced
   [[no_unique_address]] const NumberOf<D> number = {};
 
   struct Channel {
@@ -94,7 +94,7 @@ struct Normalize {
   }
   template <class Count>
   Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
-    prefetch_next_channels(a.x + i, x_away);
+    prefetch_away(a.x + i, p.x_away);
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
     Vec<D> z;
     if constexpr (D::kWithRest)
@@ -102,12 +102,16 @@ struct Normalize {
     else
       z = deviation * k.scale + k.shift;
     if constexpr (kEnding == Ending::masked) {
+      prefetch_away(a.residual + i, p.residual_away);
       z += load<D>(a.residual + i, count);
       mark<D>(a.mask, i, z, count);
       z = relu(z);
     }
     if constexpr (kEnding == Ending::general) {
-      if (a.residual) z += load<D>(a.residual + i, count);
+      if (a.residual) {
+        prefetch_away(a.residual + i, p.residual_away);
+        z += load<D>(a.residual + i, count);
+      }
       if constexpr (kIsCurved<D>)
         z = apply_activation<Parameter<D>>(p.activation, number.value, z);
       else if (p.activation == Activation::relu) z = relu(z);
@@ -157,8 +161,8 @@ struct NormalizeGradient {
   }
   template <class Count>
   Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
-    prefetch_next_channels(a.from.x + i, x_away);
-    prefetch_next_channels(a.from.dy + i, dy_away);
+    prefetch_away(a.from.x + i, x_away);
+    prefetch_away(a.from.dy + i, dy_away);
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
     const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);

@@ -108,8 +108,8 @@ BN_INLINE Byte* mask_place(Byte* mask, const Extent& e, int64_t outer, int64_t c
   return mask + uint64_t(outer * s.outer + channel * s.channel + begin) / 8;
 }
 
-/// None for what would have to be walked in another way, because bytes would have to be shared: planes that are walked as
-/// rows, and rows, of a number of elements that is no multiple of 8.
+/// None for what would have to be walked in another way, because bytes would have to be shared: planes that are walked
+/// as rows, and rows, of a number of elements that is no multiple of 8.
 int64_t mask_bytes(const Extent& e) {
   const bool shared = e.inner == 1 ? e.channels % 8 != 0 : e.inner % 8 != 0 && e.inner <= kTinyPlane;
   return shared ? 0 : e.outer * mask_strides(e).outer / 8;

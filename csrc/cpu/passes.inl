@@ -35,20 +35,21 @@ P folded_map(P p, const Folding& f) {
 template <class D, class P>
 void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns, int64_t next) {
-  const int64_t x_away = next * p.x_strides.channel;
-  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides,
-                          p.activation};
+  const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
+  const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
+                          next * p.x_strides.channel, many_planes ? p.residual_strides.outer : 0};
+  const auto map = [&](const auto& normalize) {
+    map_elements<D>(normalize, streamed, p.extent, coefficients, outers, columns);
+  };
   if (p.activation == Activation::none && !p.residual)
-    map_elements<D>(Normalize<D, Ending::none>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers, columns);
+    map(Normalize<D, Ending::none>{n, p.extent});
   else if (p.mask)
-    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers,
-                    columns);
+    map(Normalize<D, Ending::masked>{n, p.extent});
   else if (is_curved(p.activation))
-    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, x_away, {p.activation_number}}, p.extent,
+    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, p.extent,
                                    coefficients, outers, columns);
   else
-    map_elements<D>(Normalize<D, Ending::general>{n, p.extent, x_away}, streamed, p.extent, coefficients, outers,
-                    columns);
+    map(Normalize<D, Ending::general>{n, p.extent});
 }
 
 template <class D>
@@ -142,18 +143,18 @@ struct Backward {
   void map(Range outers, Range columns, int64_t next) const {
     if (!p.dx && !p.dresidual) return;
     const int64_t x_away = next * mapped.x_strides.channel, dy_away = next * mapped.dy_strides.channel;
+    const auto map = [&](const auto& gradient) {
+      map_elements<D>(gradient, streamed, mapped.extent, work.coefficients, outers, columns);
+    };
     if (p.activation == Activation::none && !p.dresidual)
-      map_elements<D>(NormalizeGradient<D, Ending::none>{mapped, x_away, dy_away}, streamed, mapped.extent,
-                      work.coefficients, outers, columns);
+      map(NormalizeGradient<D, Ending::none>{mapped, x_away, dy_away});
     else if (p.mask)
-      map_elements<D>(NormalizeGradient<D, Ending::masked>{mapped, x_away, dy_away}, streamed, mapped.extent,
-                      work.coefficients, outers, columns);
+      map(NormalizeGradient<D, Ending::masked>{mapped, x_away, dy_away});
     else if (is_curved(p.activation))
       map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, Ending::general>{mapped, x_away, dy_away},
                                      mapped.extent, work.coefficients, outers, columns);
     else
-      map_elements<D>(NormalizeGradient<D, Ending::general>{mapped, x_away, dy_away}, streamed, mapped.extent,
-                      work.coefficients, outers, columns);
+      map(NormalizeGradient<D, Ending::general>{mapped, x_away, dy_away});
   }
 };
 

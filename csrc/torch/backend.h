@@ -7,8 +7,8 @@
 
 namespace torch_bn {
 
-/// Of what a forward keeps of relu behind a residual: no bytes where backward reads the residual again. Then all operands
-/// must let so many neighbours be read at once.
+/// Of what a forward keeps of relu behind a residual: no bytes where backward reads the residual again. With a mask all
+/// operands must let so many neighbours be read at once.
 struct MaskShape {
   int64_t bytes, neighbours;
 };

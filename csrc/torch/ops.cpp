@@ -339,9 +339,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const Layout layout(input, axis, groups);
   const Extent& extent = layout.extent();
   const Backend& backend = backend_of(input.device());
-  const MaskShape mask_shape = backend.mask(dtype_of(input), extent);
-  check_mask(mask, input, mask_shape.bytes);
-  const int64_t neighbours = mask ? mask_shape.neighbours : 1;
+  const MaskShape shape = mask ? backend.mask(dtype_of(input), extent) : MaskShape{0, 1};
+  check_mask(mask, input, shape.bytes);
   const int64_t channels = extent.channels;
   const auto type = parameter_type(input);
   at::Tensor grad_input = needs_input_grad ? layout.empty(input) : at::Tensor();
@@ -349,9 +348,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   at::Tensor grad_weight = make_empty({channels}, input, type), grad_bias = make_empty({channels}, input, type);
   if (input.numel() == 0) return {grad_input, grad_weight.zero_(), grad_bias.zero_(), grad_residual};
   at::Tensor x = input, dy = as_type(grad_output, input.scalar_type());
-  const Strides x_strides = layout.fit(x, neighbours), dy_strides = layout.fit(dy, neighbours);
+  const Strides x_strides = layout.fit(x, shape.neighbours), dy_strides = layout.fit(dy, shape.neighbours);
   const Parameter gamma(weight, type), beta(bias, type);
-  const Residual added(residual, layout, input.scalar_type(), neighbours);
+  const Residual added(residual, layout, input.scalar_type(), shape.neighbours);
   const c10::Device device = input.device();
   const DType dtype = dtype_of(input);
   Workspace workspace(backend.workspace(dtype, extent, device), input);
