@@ -41,10 +41,11 @@ using Forward = Three(const Tensor&, const OptionalTensor&, const OptionalTensor
                     double, std::optional<double>, std::optional<double>, std::optional<double>, const OptionalTensor&,
                     const OptionalTensor&, Name, double, bool, const OptionalTensor&);
 using Inference = Two(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                         const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double, bool,
+                      const OptionalTensor&, double, int64_t, bool, const OptionalTensor&, Name, double, bool,
                       const OptionalTensor&);
 using Backward = Four(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, bool, double, int64_t,
-                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double, const OptionalTensor&);
+                      int64_t, bool, const OptionalTensor&, const OptionalTensor&, Name, bool, double,
+                      const OptionalTensor&);
 
 template <class Signature>
 auto find(const char* name) {
