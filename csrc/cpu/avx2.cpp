@@ -14,6 +14,7 @@ namespace {
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"
+#include "gathering.inl"
 #include "folding.inl"
 #include "finish.inl"
 #include "passes.inl"

@@ -17,18 +17,22 @@ BN_INLINE void advance(Element*& place, const Strides& s) {
 template <class D>
 constexpr bool kCanStream = D::kStreams && BN_VECTOR_BYTES == 64;
 
-/// Whether to write an output past the caches: it would push out of the last one what is needed sooner, and each of its
-/// lines would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
+/// How an output is written: as any memory, or past the caches, register by register or in lines gathered from those.
+enum class Writing { cached, gathered, streamed };
+
+/// Large outputs go past the caches: they would push out of the last one what is needed sooner, and each of their lines
+/// would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
 /// soonest: there a reader at once, which then has to fetch it, gives back what was gained. Whole lines only, because
-/// one that other stores share is fetched all the same.
+/// one of which other stores write a part is fetched all the same.
 template <class D>
-bool worth_streaming(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor) {
+Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
-  if (!kCanStream<D>) return false;
-  if (!out) return true;
-  const int64_t apart = (s.outer | (e.inner == 1 ? 0 : s.channel)) * kBytes;
-  return (reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0 &&
-         e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
+  const bool large = e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
+  const bool planes = e.inner > 1;
+  if (!kCanStream<D> || !large || (planes && s.channel != e.inner)) return Writing::cached;
+  const int64_t apart = (s.outer | (planes ? e.inner : 0)) * kBytes;
+  if ((reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0) return Writing::streamed;
+  return planes && e.inner * kBytes >= 2 * kLine ? Writing::gathered : Writing::cached;
 }
 
 /// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading.
@@ -86,6 +90,11 @@ struct Normalize {
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   bool overwrites() const { return p.x == p.y; }
+  static void skip(At& a, int64_t count) {
+    a.x += count;
+    if (a.residual) a.residual += count;
+    if constexpr (kEnding == Ending::masked) a.mask += count / 8;
+  }
   void next(At& a) const {
     advance(a.x, p.x_strides);
     advance(a.residual, p.residual_strides);
@@ -151,6 +160,12 @@ struct NormalizeGradient {
   }
   int64_t channel_stride() const { return p.dx_strides.channel; }
   static constexpr bool overwrites() { return false; }
+  static void skip(At& a, int64_t count) {
+    a.from.dy += count;
+    a.from.x += count;
+    if (a.from.residual) a.from.residual += count;
+    if constexpr (kEnding == Ending::masked) a.from.mask += count / 8;
+  }
   void next(At& a) const {
     advance(a.from.x, p.x_strides);
     advance(a.from.dy, p.dy_strides);
@@ -290,12 +305,4 @@ void map_elements(const Map& map, const Extent& e, const Coefficients<typename D
                   Range columns) {
   if (e.inner == 1) return map_rows<D, kStreamed>(map, e, coefficients, outers, columns);
   map_planes<D, kStreamed>(map, e, coefficients, outers, columns);
-}
-
-template <class D, class Map>
-void map_elements(const Map& map, bool streamed, const Extent& e, const Coefficients<typename D::Compute>& coefficients,
-                  Range outers, Range columns) {
-  if constexpr (kCanStream<D>)
-    if (streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
-  map_elements<D, false>(map, e, coefficients, outers, columns);
 }

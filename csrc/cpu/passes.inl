@@ -33,21 +33,21 @@ P folded_map(P p, const Folding& f) {
 
 /// next: how many channels on from these are the next to be reduced, 0 for none.
 template <class D, class P>
-void normalize(const P& p, bool streamed, const Coefficients<typename D::Compute>& coefficients, Range outers,
+void normalize(const P& p, Writing writing, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns, int64_t next) {
   const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
                           next * p.x_strides.channel, many_planes ? p.residual_strides.outer : 0};
   const auto map = [&](const auto& normalize) {
-    map_elements<D>(normalize, streamed, p.extent, coefficients, outers, columns);
+    map_elements<D>(normalize, writing, p.extent, coefficients, outers, columns);
   };
   if (p.activation == Activation::none && !p.residual)
     map(Normalize<D, Ending::none>{n, p.extent});
   else if (p.mask)
     map(Normalize<D, Ending::masked>{n, p.extent});
   else if (is_curved(p.activation))
-    map_elements<Curved<D>, false>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, p.extent,
-                                   coefficients, outers, columns);
+    map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, Writing::cached,
+                            p.extent, coefficients, outers, columns);
   else
     map(Normalize<D, Ending::general>{n, p.extent});
 }
@@ -60,13 +60,13 @@ struct Forward {
   const Folding folding;
   const ForwardParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
-  const bool streamed;
+  const Writing writing;
   const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
         mapped(folded_map(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(p.x != p.y && worth_streaming<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
+        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
   }
@@ -80,7 +80,7 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(mapped, streamed, work.coefficients, outers, columns, next);
+    normalize<D>(mapped, writing, work.coefficients, outers, columns, next);
   }
 };
 
@@ -92,14 +92,20 @@ struct Backward {
   const Folding folding;
   const BackwardParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
-  const bool streamed;
+  const Writing writing;
 
   Backward(const BackwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
         mapped(folded_all(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(worth_streaming<D>(mapped.extent, p.dx, mapped.dx_strides, p.training, executor) &&
-                 worth_streaming<D>(mapped.extent, p.dresidual, mapped.dresidual_strides, p.training, executor)) {}
+        writing(way_of_both(executor)) {}
 
+  Writing way_of_both(const Executor& executor) const {
+    const auto way = [&](const void* out, const Strides& s) {
+      return out ? way_of_writing<D>(mapped.extent, out, s, p.training, executor) : Writing::streamed;
+    };
+    const Writing dx = way(p.dx, mapped.dx_strides), dresidual = way(p.dresidual, mapped.dresidual_strides);
+    return dx < dresidual ? dx : dresidual;
+  }
   static Folding folding_of_all(const BackwardParams& p) {
     const Folding f = folding_of(p.extent, sizeof(typename D::Element));
     const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
@@ -144,15 +150,15 @@ struct Backward {
     if (!p.dx && !p.dresidual) return;
     const int64_t x_away = next * mapped.x_strides.channel, dy_away = next * mapped.dy_strides.channel;
     const auto map = [&](const auto& gradient) {
-      map_elements<D>(gradient, streamed, mapped.extent, work.coefficients, outers, columns);
+      map_elements<D>(gradient, writing, mapped.extent, work.coefficients, outers, columns);
     };
     if (p.activation == Activation::none && !p.dresidual)
       map(NormalizeGradient<D, Ending::none>{mapped, x_away, dy_away});
     else if (p.mask)
       map(NormalizeGradient<D, Ending::masked>{mapped, x_away, dy_away});
     else if (is_curved(p.activation))
-      map_elements<Curved<D>, false>(NormalizeGradient<Curved<D>, Ending::general>{mapped, x_away, dy_away},
-                                     mapped.extent, work.coefficients, outers, columns);
+      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{mapped, x_away, dy_away}, Writing::cached,
+                              mapped.extent, work.coefficients, outers, columns);
     else
       map(NormalizeGradient<D, Ending::general>{mapped, x_away, dy_away});
   }
@@ -165,18 +171,18 @@ struct Inference {
   const Folding folding;
   const InferenceParams p, mapped;  // folded
   Workspace<typename D::Compute> work;
-  const bool streamed;
+  const Writing writing;
 
   Inference(const InferenceParams& params, const Executor& executor)
       : folding(narrowed(folding_of_map<D>(params))), p(folded_map(params, folding)), mapped(p),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        streamed(p.x != p.y && worth_streaming<D>(p.extent, p.y, p.y_strides, false, executor)) {
+        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
-    normalize<D>(p, streamed, work.coefficients, outers, columns, 0);
+    normalize<D>(p, writing, work.coefficients, outers, columns, 0);
   }
 };

@@ -9,7 +9,6 @@ struct Steps {
   Folding folding;
   Partition cut;
   int64_t inputs, element_bytes, column_block;
-  bool streamed;
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);  // planes: one group after another
   void (*finish)(const void* self, Range channels);
@@ -20,7 +19,7 @@ template <class Pass>
 Steps steps_of(const Pass& pass) {
   using D = typename Pass::Type;
   return {&pass, pass.p.extent, pass.mapped.extent, pass.folding, pass.work.cut, Pass::kInputs,
-          sizeof(typename D::Element), kColumnBlock<D>, pass.streamed,
+          sizeof(typename D::Element), kColumnBlock<D>,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns);

@@ -1,0 +1,87 @@
+// The maps where the output goes past the caches and its planes begin and end within lines, as those of 14x14 do: a line
+// of which two stores write a part each would be fetched, so results are gathered until lines are whole.
+
+/// Adjacent elements on their way to memory.
+template <class D>
+class Gathered {
+  using Element = typename D::Element;
+  static constexpr int64_t kLine = 64 / sizeof(Element), kRoom = 3072 / sizeof(Element);
+
+ public:
+  static constexpr int64_t kMost = kRoom / 2;
+
+  /// to: where the first element goes; null to write nothing.
+  void start(Element* to) {
+    first_ = end_ = int64_t(reinterpret_cast<uintptr_t>(to) % 64 / sizeof(Element));
+    to_ = to ? to - first_ : nullptr;
+  }
+  /// Where to put the next `count` elements, kMost at most.
+  Element* next(int64_t count) {
+    if (!to_) return nullptr;
+    if (end_ + count > kRoom) write_lines();
+    end_ += count;
+    return lines_ + end_ - count;
+  }
+  void finish() {
+    if (!to_) return;
+    write_lines();
+    write_part(end_);
+  }
+
+ private:
+  void write_lines() {
+    int64_t i = 0;
+    if (first_ > 0 && end_ >= kLine) write_part(i = kLine);
+    for (; i + kLine <= end_; i += kLine) {
+      Whole<D> line;
+      __builtin_memcpy(&line, lines_ + i, sizeof line);
+      stream<D>(to_ + i, line);
+    }
+    for (int64_t k = 0; k < kLine; ++k) lines_[k] = lines_[i + k];
+    to_ += i;
+    end_ -= i;
+  }
+  /// Of the line that others write too.
+  void write_part(int64_t end) {
+    for (; first_ < end; ++first_) to_[first_] = lines_[first_];
+    first_ = 0;
+  }
+
+  int64_t first_, end_;  // of what lines_ has
+  Element* to_;          // the place of lines_[0]
+  alignas(64) Element lines_[kRoom + kLine];
+};
+
+template <class D, class Map>
+__attribute__((flatten)) void gather_planes(const Map map, const Extent& e,
+                                            const Coefficients<typename D::Compute>& coefficients, Range outers,
+                                            Range channels) {
+  constexpr int64_t kMost = Gathered<D>::kMost;
+  const int64_t inner = e.inner;
+  Gathered<D> gathered[Map::kOutputs];
+  for (int64_t outer = outers.first; outer < outers.last; ++outer) {
+    const int64_t group = group_of(e, outer) * coefficients.columns;
+    const typename Map::At start = map.at(outer, channels.first);
+    for (int o = 0; o < Map::kOutputs; ++o) gathered[o].start(start.out[o]);
+    for (int64_t channel = channels.first; channel < channels.last; ++channel) {
+      const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
+      typename Map::At at[1] = {map.at(outer, channel)};
+      for (int64_t i = 0; i < inner; i += kMost, map.skip(at[0], kMost)) {
+        const int64_t count = least(kMost, inner - i);
+        for (int o = 0; o < Map::kOutputs; ++o) at[0].out[o] = gathered[o].next(count);
+        map_run<D, 1, false>(map, at, count, [&](int64_t, auto) -> const auto& { return k; });
+      }
+    }
+    for (int o = 0; o < Map::kOutputs; ++o) gathered[o].finish();
+  }
+}
+
+template <class D, class Map>
+void map_elements(const Map& map, Writing writing, const Extent& e,
+                  const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
+  if constexpr (kCanStream<D>) {
+    if (writing == Writing::streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
+    if (writing == Writing::gathered) return gather_planes<D>(map, e, coefficients, outers, columns);
+  }
+  map_elements<D, false>(map, e, coefficients, outers, columns);
+}
