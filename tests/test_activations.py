@@ -97,6 +97,25 @@ def test_values_and_derivatives_at_special_values(dtype, layout, activation, tol
     torch.testing.assert_close(dz, slope.to(dtype), **tolerance)
 
 
+@pytest.mark.kernels
+@each_activation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_once(dtype, activation):
+    """Of every number of a half type: half a unit of its last place is the rounding, the rest float32's."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    residual = every[every.abs() < 1e4].reshape(1, 1, 1, -1).requires_grad_()
+    layer = torch_bn.BatchNorm2d(1, activation=activation, fused=True).eval()
+    y = layer(torch.zeros_like(residual), residual)
+    (dz,) = torch.autograd.grad(y, residual, torch.ones_like(y))
+    exact = residual.detach().double().requires_grad_()
+    wanted = FUNCTIONS[activation](exact)
+    (slope,) = torch.autograd.grad(wanted, exact, torch.ones_like(wanted))
+    for actual, expected in ((y, wanted), (dz, slope)):
+        of = torch.finfo(dtype)
+        unit = of.eps * expected.abs().clamp_min(of.tiny).log2().floor().exp2()
+        assert bool(((actual - expected).abs() <= 0.501 * unit + 3e-7).all())
+
+
 @both_paths
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @in_both_modes

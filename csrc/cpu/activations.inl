@@ -24,20 +24,20 @@ struct NumberOf<Curved<D>> {
 
 inline bool is_curved(Activation activation) { return activation > Activation::relu; }
 
-template <class P>
+template <class D>
 struct FunctionsOf {
-  typedef FloatsFunctions<Floats, Bits> type;
+  typedef FloatsFunctions<Floats, Bits, (kNarrowing<D> > 1)> type;
 };
 template <>
-struct FunctionsOf<F64> {
+struct FunctionsOf<Curved<F64>> {
   typedef DoublesFunctions<Vec<F64>> type;
 };
 
-template <class P>
-__attribute__((noinline)) Vec<P> apply_activation(Activation kind, double number, Vec<P> z) {
-  return activated<typename FunctionsOf<P>::type>(kind, typename P::Compute(number), z);
+template <class D>
+__attribute__((noinline)) Vec<D> apply_activation(Activation kind, double number, Vec<D> z) {
+  return activated<typename FunctionsOf<D>::type>(kind, typename D::Compute(number), z);
 }
-template <class P>
-__attribute__((noinline)) Vec<P> through_activation(Activation kind, double number, Vec<P> z, Vec<P> dy) {
-  return activated_gradient<typename FunctionsOf<P>::type>(kind, typename P::Compute(number), z, dy);
+template <class D>
+__attribute__((noinline)) Vec<D> through_activation(Activation kind, double number, Vec<D> z, Vec<D> dy) {
+  return activated_gradient<typename FunctionsOf<D>::type>(kind, typename D::Compute(number), z, dy);
 }

@@ -31,7 +31,7 @@ struct UpstreamGradient {
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
     if constexpr (kIsCurved<D>)
-      return through_activation<Parameter<D>>(activation, number.value, z, gradient);
+      return through_activation<D>(activation, number.value, z, gradient);
     else
       return relu_gradient(z, gradient);
   }

@@ -122,7 +122,7 @@ struct Normalize {
         z += load<D>(a.residual + i, count);
       }
       if constexpr (kIsCurved<D>)
-        z = apply_activation<Parameter<D>>(p.activation, number.value, z);
+        z = apply_activation<D>(p.activation, number.value, z);
       else if (p.activation == Activation::relu) z = relu(z);
     }
     return {{z}};
