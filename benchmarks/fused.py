@@ -1,4 +1,4 @@
-"""What fusing saves: a layer with what follows it in ResNets, ours in one pass beside torch's operations.
+"""What fusing saves: a layer with what follows it in networks, ours in one pass beside torch's operations.
 
 `python -m benchmarks.fused` verifies, times and writes results/fused.csv and .md; --seconds N for all cases.
 """
@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import geometric_mean
 from time import monotonic
 
@@ -26,16 +27,33 @@ from .traffic import PASSES
 from .verification import TOLERANCE, relative_error
 
 UNFUSED = "torch_bn, unfused"
-SECONDS = 240.0
+SECONDS = 360.0
 LEAST_ROUNDS = 7
 NEAR = 0.05  # of the kink: more than a half type rounds by
-# Tensors of the size of the input: the least that must be read and written. A bit for each element says where ReLU let
-# the gradient through.
-KINDS = {
-    "BN+ReLU": {"forward": 2, "backward": 3, "forward+backward": 5},
-    "BN+add+ReLU": {"forward": 3, "backward": 4, "forward+backward": 7},
-}
 SHAPES = {(64, 56), (256, 56), (128, 28), (512, 28), (1024, 14), (2048, 7)}  # channels and side
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What follows the layer."""
+
+    activation: str
+    after: Callable[[Tensor], Tensor]  # torch's
+    adds: bool = False
+
+    def passes(self, direction: str) -> int:
+        """Tensors of the size of the input: the least that must be read and written. A bit for each element says where
+        ReLU let the gradient of a sum through."""
+        return PASSES[direction] + (len(direction.split("+")) if self.adds else 0)
+
+
+relu = partial(F.relu, inplace=True)
+KINDS = {
+    "BN+ReLU": Kind("relu", relu),
+    "BN+add+ReLU": Kind("relu", relu, adds=True),
+    "BN+SiLU": Kind("silu", F.silu),
+    "BN+GELU": Kind("gelu", F.gelu),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +73,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, kind: str) -> Inputs:
-    return Inputs(case.tensors(), case.tensors(seed=7).dy.requires_grad_() if "add" in kind else None)
+    return Inputs(case.tensors(), case.tensors(seed=7).dy.requires_grad_() if KINDS[kind].adds else None)
 
 
 @dataclass(frozen=True)
@@ -77,40 +95,40 @@ class End:
         return Contender(name, lambda i: i, lambda i: self.gradients(self.call(*i.arguments), i), sets)
 
 
-def in_steps(module: nn.Module) -> End:
+def in_steps(module: nn.Module, kind: str) -> End:
     """As torchvision's blocks do it: the sum and the ReLU in place."""
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = module(x)
         if residual is not None:
             y += residual
-        return F.relu(y, inplace=True)
+        return KINDS[kind].after(y)
 
     return End(module, call)
 
 
-def contenders(case: Case, dtype: torch.dtype | None = None) -> dict[str, End]:
+def contenders(case: Case, kind: str, dtype: torch.dtype | None = None) -> dict[str, End]:
     def loaded(module: nn.Module) -> nn.Module:
         module.load_state_dict(case.state())
         return module
 
     kept = dtype or case.parameters
-    fused = loaded(torch_bn.BatchNorm2d(case.channels, dtype=kept, activation="relu", fused=True))
+    fused = loaded(torch_bn.BatchNorm2d(case.channels, dtype=kept, activation=KINDS[kind].activation, fused=True))
     return {
-        TORCH: in_steps(loaded(nn.BatchNorm2d(case.channels, dtype=kept))),
-        UNFUSED: in_steps(loaded(torch_bn.BatchNorm2d(case.channels, dtype=kept, fused=True))),
+        TORCH: in_steps(loaded(nn.BatchNorm2d(case.channels, dtype=kept)), kind),
+        UNFUSED: in_steps(loaded(torch_bn.BatchNorm2d(case.channels, dtype=kept, fused=True)), kind),
         OURS: End(fused, fused),
     }
 
 
-def verify(case: Case, ends: dict[str, End], inputs: Inputs) -> None:
+def verify(case: Case, kind: str, ends: dict[str, End], inputs: Inputs) -> None:
     """Outputs and gradients of all against torch's operations in float64; no gradient comes in where rounding decides
     on which side of ReLU's kink an element lies."""
-    exact = contenders(case, torch.float64)[TORCH].module
+    exact = contenders(case, kind, torch.float64)[TORCH].module
     wide = [leaf.detach().double().requires_grad_() for leaf in inputs.arguments]
     before = exact(wide[0]) + (wide[1] if inputs.residual is not None else 0)
     dy = inputs.tensors.dy.masked_fill(before.detach().abs() < NEAR, 0)
-    wanted = F.relu(before)
+    wanted = KINDS[kind].after(before.clone())
     expected = (wanted.detach(), *torch.autograd.grad(wanted, (*wide, *exact.parameters()), dy.double()))
     given = Inputs(replace(inputs.tensors, dy=dy), inputs.residual)
     for name, end in ends.items():
@@ -130,8 +148,8 @@ def measure_case(subject: tuple[Case, str], seconds: float, setting: Setting) ->
     case, kind = subject
     end = monotonic() + seconds
     inputs = make_inputs(case, kind)
-    ends = contenders(case)
-    verify(case, ends, inputs)
+    ends = contenders(case, kind)
+    verify(case, kind, ends, inputs)
     depth = rotation(case.tensor_bytes, machine.last_level_cache())
     sets = {name: [inputs.clone() for _ in range(depth)] for name in (*ends, COPY)}
     rows: list[Row] = []
@@ -148,7 +166,7 @@ def of_kind(row: Row, kind: str) -> Row:
     """The row of a batch norm as that of one with what follows it, by the bytes that this needs."""
     if row.provider == COPY or not row.GB_per_s:
         return replace(row, op=kind)
-    factor = KINDS[kind][row.direction] / PASSES[row.direction]
+    factor = KINDS[kind].passes(row.direction) / PASSES[row.direction]
     of_copy = row.of_copy and row.of_copy * factor
     return replace(row, op=kind, bytes=round(row.bytes * factor), GB_per_s=row.GB_per_s * factor, of_copy=of_copy)
 
@@ -176,9 +194,9 @@ def page(rows: Sequence[Row]) -> str:
 
 {first.machine}, {first.threads} threads, torch {first.torch}, commit {first.commit}, {first.date}.
 
-Times the speed of `nn.BatchNorm2d`, `+=` and `F.relu(..., inplace=True)`, measured side by side on ResNet-50's shapes:
-geometric mean over the shapes, the worst shape in brackets, and the share of the speed of a copy on the least bytes.
-`{UNFUSED}` is our layer with torch's sum and ReLU; `{OURS}` does all in one pass.
+Times the speed of `nn.BatchNorm2d`, `+=` and `F.relu(..., inplace=True)`, `F.silu` or `F.gelu`, measured side by side
+on ResNet-50's shapes: geometric mean over the shapes, the worst shape in brackets, and the share of the speed of a copy
+on the least bytes. `{UNFUSED}` is our layer with torch's operations behind it; `{OURS}` does all in one pass.
 
 {table(rows)}
 """

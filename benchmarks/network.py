@@ -85,8 +85,8 @@ def layer_rows(subject: Subject, setting: Setting) -> list[StepRow]:
     """What a layer and what follows it keep for the backward, besides their inputs."""
     case = Case("ResNet-50", LAYER_SHAPE, torch.float32, subject.layout)
     inputs = fused.make_inputs(case, subject.name)
-    ends = fused.contenders(case)
-    fused.verify(case, ends, inputs)
+    ends = fused.contenders(case, subject.name)
+    fused.verify(case, subject.name, ends, inputs)
     rows = []
     for name, end in ends.items():
         memory = memory_of(partial(_graph, end, inputs))

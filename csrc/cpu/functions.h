@@ -51,8 +51,8 @@ struct FloatsFunctions {
   }
 
  private:
-  /// a is |z|, or beyond 13.2, where the exponential ends. Near 0 it is 1 / 2 + z P(z^2), and P 3e-9 off. From a = 1
-  /// on, the tail beyond is e^(-a^2 / 2) R / (a + 3.125), R a polynomial in (a - 3.125) / (a + 3.125) that is 1.5e-8 off.
+  /// a is |z|, or beyond 13.2, where the exponential ends. Near 0 it is 1 / 2 + z P(z^2), and P 3e-9 off. From a = 1 on
+  /// the tail beyond is e^(-a^2 / 2) R / (a + 3.125), R a polynomial in (a - 3.125) / (a + 3.125), 1.5e-8 off.
   BN_INLINE Normal<Floats> normal(Floats z, Floats a) {
     // NB: what rounding takes from a^2 would be missing a^2 times over.
     const Floats high = (Floats)((Bits)a & 0xfffff000u), rest = (a - high) * (a + high);
