@@ -57,7 +57,7 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
-  int64_t x_away, residual_away;  // to the next channels that are reduced; to the next outer
+  int64_t x_away, residual_away;  // to what is read soon: the next channels to be reduced; the next outer
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.

@@ -31,13 +31,13 @@ P folded_map(P p, const Folding& f) {
   return p;
 }
 
-/// next: how many channels on from these are the next to be reduced, 0 for none.
+/// x_away: how many elements away what will be read soon lies, 0 for nothing.
 template <class D, class P>
 void normalize(const P& p, Writing writing, const Coefficients<typename D::Compute>& coefficients, Range outers,
-               Range columns, int64_t next) {
+               Range columns, int64_t x_away) {
   const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
-                          next * p.x_strides.channel, many_planes ? p.residual_strides.outer : 0};
+                          x_away, many_planes ? p.residual_strides.outer : 0};
   const auto map = [&](const auto& normalize) {
     map_elements<D>(normalize, writing, p.extent, coefficients, outers, columns);
   };
@@ -80,7 +80,7 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(mapped, writing, work.coefficients, outers, columns, next);
+    normalize<D>(mapped, writing, work.coefficients, outers, columns, next * mapped.x_strides.channel);
   }
 };
 
@@ -183,6 +183,7 @@ struct Inference {
   void reduce(int64_t, int64_t, Range) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
-    normalize<D>(p, writing, work.coefficients, outers, columns, 0);
+    constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);
+    normalize<D>(p, writing, work.coefficients, outers, columns, kAhead);
   }
 };
