@@ -9,6 +9,7 @@ class Gathered {
 
  public:
   static constexpr int64_t kMost = kRoom / 2;
+  static_assert(kMost % 8 == 0, "masks are read and written by bytes");
 
   /// to: where the first element goes; null to write nothing.
   void start(Element* to) {
