@@ -57,10 +57,10 @@ struct Affines {
     }
   }
   void set(const Workspace<T>& work, int64_t group, Range channels) const {
-    work.set_for_map(0, group, channels, center);
-    work.set_for_map(1, group, channels, scale);
-    work.set_for_map(2, group, channels, shift);
-    work.set_for_map(3, group, channels, rest);
+    work.set(0, group, channels, center);
+    work.set(1, group, channels, scale);
+    work.set(2, group, channels, shift);
+    work.set(3, group, channels, rest);
   }
 };
 
@@ -136,10 +136,10 @@ void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range 
     for (int64_t group = 0; group < p.extent.groups; ++group) {
       const int64_t at = group * p.extent.channels + block.first;
       const Affines<T> affines(n, p.mean + at, p.invstd + at, gamma, beta);
-      work.set_for_both(0, group, block, affines.center);
+      work.set(0, group, block, affines.center);
       if (p.activation == Activation::none) continue;
-      work.set_for_both(4, group, block, affines.scale);
-      work.set_for_both(5, group, block, affines.shift);
+      work.set(4, group, block, affines.scale);
+      work.set(5, group, block, affines.shift);
     }
   });
 }
@@ -175,9 +175,9 @@ void finish_group(const BackwardParams& p, const Workspace<T>& work, int64_t gro
     bend[i] = g.affine.bend;
     shift[i] = g.affine.shift;
   }
-  work.set_for_map(1, group, channels, slope);
-  work.set_for_map(2, group, channels, bend);
-  work.set_for_map(3, group, channels, shift);
+  work.set(1, group, channels, slope);
+  work.set(2, group, channels, bend);
+  work.set(3, group, channels, shift);
 }
 
 template <class T>

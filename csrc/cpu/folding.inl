@@ -9,22 +9,13 @@ struct Folding {
   int64_t channels, repeat, fold;
 };
 
-BN_INLINE Folding folding_of(const Extent& e, int64_t element_bytes) {
-  constexpr int64_t kManyPlanes = 16, kManyRows = 64;
+BN_INLINE Folding folding_of(const Extent& e) {
+  constexpr int64_t kManyPlanes = 16, kManyRows = 64, kWide = 256;
   if (e.inner > 1) return {e.channels, e.inner <= kTinyPlane && e.outer >= kManyPlanes * e.groups ? e.inner : 1, 1};
-  const int64_t wide = column_block(element_bytes) / (is_near(e, element_bytes) ? 4 : 1);
   const int64_t rows = e.groups == 1 ? e.outer : e.outer_per_example;  // of one group, one after another
   int64_t fold = 1;
-  while (e.channels * fold < wide && rows % (2 * fold) == 0 && e.outer / fold > kManyRows * e.groups) fold *= 2;
+  while (2 * e.channels * fold <= kWide && rows % (2 * fold) == 0 && e.outer / fold > kManyRows * e.groups) fold *= 2;
   return {e.channels, 1, fold};
-}
-
-/// How the last map folds what the reduction has folded so: its coefficients, several for each column where the
-/// reduction keeps two sums, should take a small part of the nearest cache. They are the first of the wider rows'.
-BN_INLINE Folding narrowed(Folding f) {
-  constexpr int64_t kWide = 256;
-  while (f.fold > 1 && f.channels * f.fold > kWide) f.fold /= 2;
-  return f;
 }
 
 /// The extent of the rows, where there is folding.
@@ -51,14 +42,13 @@ int64_t workspace_bytes(DType dtype, const Extent& e) {
     return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) +
            kCoefficientRows * (length * compute + kCacheSkew);
   };
-  return most(bytes(e), bytes(folded(e, folding_of(e, element))));
+  return most(bytes(e), bytes(folded(e, folding_of(e))));
 }
 
 /// Where a pass keeps what its steps hand to each other. T is the type of the per-channel parameters.
 template <class T>
 struct Workspace {
   Folding folding;
-  int64_t mapped_fold;     // of the last map
   Partition cut;
   Extent extent;           // folded
   Grouping grouping;       // of that
@@ -66,7 +56,7 @@ struct Workspace {
   Coefficients<T> coefficients;
 
   Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
-      : folding(f), mapped_fold(narrowed(f).fold), cut(partition_of(e, block)), extent(e), grouping(e) {
+      : folding(f), cut(partition_of(e, block)), extent(e), grouping(e) {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;
@@ -76,20 +66,12 @@ struct Workspace {
   int64_t first_column(int64_t group, int64_t channel) const {
     return group * extent.channels + channel * folding.repeat;
   }
-  /// Sets a coefficient of some channels, in all columns that the map reads, or the reduction too.
-  void set_for_map(int row, int64_t group, Range channels, const T* values) const {
-    set(row, group, channels, values, mapped_fold);
-  }
-  void set_for_both(int row, int64_t group, Range channels, const T* values) const {
-    set(row, group, channels, values, folding.fold);
-  }
-
- private:
-  void set(int row, int64_t group, Range channels, const T* values, int64_t fold) const {
+  /// Sets a coefficient of some channels, in all their columns.
+  void set(int row, int64_t group, Range channels, const T* values) const {
     T* at = coefficients.row(row) + first_column(group, channels.first);
     const int64_t n = channels.last - channels.first;
     if (folding.repeat == 1)
-      for (int64_t i = 0; i < fold; ++i) __builtin_memcpy(at + i * folding.channels, values, n * sizeof(T));
+      for (int64_t i = 0; i < folding.fold; ++i) __builtin_memcpy(at + i * folding.channels, values, n * sizeof(T));
     else
       for (int64_t c = 0; c < n; ++c)
         for (int64_t i = 0; i < folding.repeat; ++i) *at++ = values[c];

@@ -79,20 +79,20 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
                                      sum_dz, sum_dz_deviation);
 }
 
-/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on. One row after
-/// another, while the next of those up to `known` is fetched: as memory is quickest to read.
+/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments
+/// take them.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
-                                                int64_t known, int64_t column, int64_t width,
-                                                const Forwarded<D>& forwarded, typename D::Compute* first,
-                                                typename D::Compute* second) {
+                                                int64_t column, int64_t width, const Forwarded<D>& forwarded,
+                                                typename D::Compute* first, typename D::Compute* second) {
   using P = Parameter<D>;
+  const int64_t ahead = rows_ahead(width, sizeof(typename D::Element));
+  const int64_t x_ahead = ahead * p.x_strides.outer, dy_ahead = ahead * p.dy_strides.outer;
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  UpstreamGradient<D, kEnding> row(p, outers[rows.first], column, 0);
   for (int64_t r = rows.first; r < rows.last; ++r) {
-    const UpstreamGradient<D, kEnding> next(p, outers[least(r + 1, known - 1)], column, 0);
+    const UpstreamGradient<D, kEnding> row(p, outers[r], column, 0);
     each_register<D>(0, width, [&](int64_t c, auto count) {
-      prefetch_ahead(next.x + c), prefetch_ahead(next.dy + c);
+      prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
       const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};
       if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
@@ -100,7 +100,6 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
       store<P>(first + c, load<P>(first + c, count) + dz, count);
       store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
     });
-    row = next;
   }
 }
 
@@ -111,7 +110,7 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
   typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   const int64_t c = columns.first, width = columns.last - c;
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
-    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, rows.last, c, width,
+    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width,
                                  {forwarded.center + c, forwarded.scale + c, forwarded.shift + c}, first, second);
     for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
     for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);

@@ -152,10 +152,8 @@ template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
 constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
-constexpr int64_t kRowBlock = 128, kRowSlice = kRowBlock, kPlaneSlice = 32768;
-/// Rounding grows with the length of a chain of sums: so many rows make a chain, and so many are summed before they are
-/// added up in double.
-constexpr int kRowChain = 8, kFewRows = 4 * kRowChain;
+constexpr int64_t kRowBlock = 512, kRowSlice = 128, kSliceElements = 1 << 18, kPlaneSlice = 32768;
+constexpr int kFewRows = 32;  // are summed before they are added up in double
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
@@ -173,7 +171,8 @@ BN_INLINE int64_t power_of_two(int64_t n) {
 BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
   const int64_t outers = ceil_div(e.outer, e.groups);
   if (e.inner == 1) {
-    const int64_t wanted = ceil_div(64, e.groups * ceil_div(e.channels, block));
+    const int64_t all = least(64, most(4, e.outer * e.channels / kSliceElements));
+    const int64_t wanted = ceil_div(all, e.groups * ceil_div(e.channels, block));
     return {power_of_two(least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
   }
   const int64_t wanted = ceil_div(256, e.groups * e.channels);
@@ -206,6 +205,9 @@ constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone
 
 /// Asks for what is going to be read next, into the second cache: the nearest is full already.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place, /*write=*/0, /*locality=*/2); }
+
+/// How many rows ahead that is: some kilobytes of the columns that are read.
+BN_INLINE int64_t rows_ahead(int64_t columns, int64_t element_bytes) { return ceil_div(8192, columns * element_bytes); }
 
 /// Asks for a plane: short ones lie too far apart for the processor to foresee the next.
 template <class D, int kLocality = 3>

@@ -109,87 +109,35 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
                               mean + c, m2 + c);
 }
 
-/// Adds the sums of deviations and of their squares over n rows, for `width` adjacent columns: a few rows side by side,
-/// whose sums stay in registers, then the next few.
+/// The sums of deviations and of their squares over n rows, for `width` adjacent columns. One row after another, as memory
+/// is quickest to read, while what lies `ahead` of it is fetched. Chains of sums are short where rounding shows.
 template <class D>
-__attribute__((flatten)) void sum_side_by_side(const typename D::Element* const* row, int n, int64_t width,
-                                               const typename D::Compute* pivot, double* __restrict first,
-                                               double* __restrict second) {
+__attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width, int64_t ahead,
+                                             const typename D::Compute* pivot, double* __restrict first,
+                                             double* __restrict second) {
   using P = Parameter<D>;
+  constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
   typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
-  const auto add = [&](int begin, auto rows) {
-    each_register<D>(0, width, [&](int64_t c, auto count) {
-      const Vec<D> centre = load<P>(pivot + c, count);
-      Vec<D> s1[2] = {}, s2[2] = {};
-#pragma GCC unroll 8
-      for (int r = 0; r < decltype(rows)::value; ++r) {
-        if (begin + kRowChain + r < n) prefetch_ahead(row[begin + kRowChain + r] + c);
-        const Vec<D> d = load<D>(row[begin + r] + c, count) - centre;
-        s1[r % 2] += d;
-        s2[r % 2] += d * d;
-      }
-      store<P>(few_first + c, load<P>(few_first + c, count) + (s1[0] + s1[1]), count);
-      store<P>(few_second + c, load<P>(few_second + c, count) + (s2[0] + s2[1]), count);
-    });
-  };
-  for (int begin = 0; begin < n; begin += kFewRows) {
-    const int end = begin + kFewRows < n ? begin + kFewRows : n;
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  for (int begin = 0; begin < n; begin += kFew) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
-    int r = begin;
-    for (; r + kRowChain <= end; r += kRowChain) add(r, Number<kRowChain>{});
-    for (; r < end; ++r) add(r, Number<1>{});
+    for (int r = begin; r < n && r < begin + kFew; ++r) {
+      const typename D::Element* const at = row[r];
+      each_register<D>(0, width, [&](int64_t c, auto count) {
+        prefetch_ahead(at + c + ahead);
+        const Vec<D> d = load<D>(at + c, count) - load<P>(pivot + c, count);
+        store<P>(few_first + c, load<P>(few_first + c, count) + d, count);
+        store<P>(few_second + c, load<P>(few_second + c, count) + d * d, count);
+      });
+    }
     for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
     for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
   }
 }
 
-/// The same, one row after another, as memory is quickest to read.
-template <class D>
-__attribute__((flatten)) void sum_in_turn(const typename D::Element* const* row, int n, int64_t width,
-                                          const typename D::Compute* pivot, double* __restrict first,
-                                          double* __restrict second) {
-  using P = Parameter<D>;
-  typename D::Compute chain_first[kSkewedBlock<D>], chain_second[kSkewedBlock<D>];
-  const auto add = [&](int r, auto begins, auto ends) {
-    const typename D::Element* const next = row[r + 1 < n ? r + 1 : r];
-    each_register<D>(0, width, [&](int64_t c, auto count) {
-      prefetch_ahead(next + c);
-      const Vec<D> d = load<D>(row[r] + c, count) - load<P>(pivot + c, count);
-      Vec<D> s1 = d, s2 = d * d;
-      if constexpr (!decltype(begins)::value)
-        s1 += load<P>(chain_first + c, count), s2 += load<P>(chain_second + c, count);
-      if constexpr (decltype(ends)::value) {
-        add_in_double<D>(first + c, s1, count);
-        add_in_double<D>(second + c, s2, count);
-      } else {
-        store<P>(chain_first + c, s1, count);
-        store<P>(chain_second + c, s2, count);
-      }
-    });
-  };
-  for (int r = 0; r < n; ++r) {
-    const bool begins = r % kRowChain == 0, ends = r % kRowChain == kRowChain - 1 || r == n - 1;
-    if (begins && ends) add(r, Number<1>{}, Number<1>{});
-    if (begins && !ends) add(r, Number<1>{}, Number<0>{});
-    if (!begins && !ends) add(r, Number<0>{}, Number<0>{});
-    if (!begins && ends) add(r, Number<0>{}, Number<1>{});
-  }
-}
-
-/// In turn what the columns have summed to is fetched and put back for each row: half types, of which there is less to
-/// read meanwhile, and rows of which only a part is read, are taken side by side.
-template <class D>
-void sum_deviations(const typename D::Element* const* row, int n, int64_t width, bool whole,
-                    const typename D::Compute* pivot, double* __restrict first, double* __restrict second) {
-  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  if constexpr (sizeof(typename D::Element) == sizeof(typename D::Compute))
-    if (whole) return sum_in_turn<D>(row, n, width, pivot, first, second);
-  sum_side_by_side<D>(row, n, width, pivot, first, second);
-}
-
 /// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
-void join_row_block(const typename D::Element* const* row, int n, int64_t width, bool whole, double before,
+void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t ahead, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   Compute pivot[kSkewedBlock<D>] = {};
@@ -197,18 +145,18 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
-    sum_deviations<D>(row, few, width, whole, pivot, first, second);
+    sum_deviations<D>(row, few, width, ahead, pivot, first, second);
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
   for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
-  sum_deviations<D>(row, n, width, whole, pivot, first, second);
+  sum_deviations<D>(row, n, width, ahead, pivot, first, second);
   int far = 0, special = 0;
   for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
-    sum_deviations<D>(row, n, width, whole, pivot, first, second);
+    sum_deviations<D>(row, n, width, ahead, pivot, first, second);
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
   for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
@@ -228,13 +176,12 @@ template <class D>
 void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, Range columns, double* mean,
                  double* m2) {
   const auto* x = static_cast<const typename D::Element*>(p.x) + columns.first;
-  const int64_t width = columns.last - columns.first;
+  const int64_t width = columns.last - columns.first, ahead = rows_ahead(width, sizeof *x) * p.x_strides.outer;
   for (int64_t c = columns.first; c < columns.last; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
     for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer;
-    join_row_block<D>(row, n, width, width == p.extent.channels, double(begin - rows.first), mean + columns.first,
-                      m2 + columns.first);
+    join_row_block<D>(row, n, width, ahead, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }

@@ -13,9 +13,9 @@ struct Part {
         at((slice * work.extent.groups + group) * work.extent.channels) {}
 };
 
-template <class D, class P>
+template <class P>
 Folding folding_of_map(const P& p) {
-  const Folding f = folding_of(p.extent, sizeof(typename D::Element));
+  const Folding f = folding_of(p.extent);
   const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
                    foldable(p.extent, f, p.y, p.y_strides);
   return all ? f : Folding{p.extent.channels, 1, 1};
@@ -58,15 +58,15 @@ struct Forward {
   static constexpr int64_t kInputs = 1;
   const ForwardParams& given;
   const Folding folding;
-  const ForwardParams p, mapped;  // folded
+  const ForwardParams p;  // folded
   Workspace<typename D::Compute> work;
   const Writing writing;
   const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_map<D>(params)), p(folded_map(params, folding)),
-        mapped(folded_map(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(mapped.extent, p.y, mapped.y_strides, true, executor)),
+      : given(params), folding(folding_of_map(params)), p(folded_map(params, folding)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
   }
@@ -80,7 +80,7 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(mapped, writing, work.coefficients, outers, columns, next * mapped.x_strides.channel);
+    normalize<D>(p, writing, work.coefficients, outers, columns, next * p.x_strides.channel);
   }
 };
 
@@ -90,24 +90,23 @@ struct Backward {
   static constexpr int64_t kInputs = 2;
   const BackwardParams& given;
   const Folding folding;
-  const BackwardParams p, mapped;  // folded
+  const BackwardParams p;  // folded
   Workspace<typename D::Compute> work;
   const Writing writing;
 
   Backward(const BackwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
-        mapped(folded_all(params, narrowed(folding))), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        writing(way_of_both(executor)) {}
+        work(p.workspace, p.extent, folding, kColumnBlock<D>), writing(way_of_both(executor)) {}
 
   Writing way_of_both(const Executor& executor) const {
     const auto way = [&](const void* out, const Strides& s) {
-      return out ? way_of_writing<D>(mapped.extent, out, s, p.training, executor) : Writing::streamed;
+      return out ? way_of_writing<D>(p.extent, out, s, p.training, executor) : Writing::streamed;
     };
-    const Writing dx = way(p.dx, mapped.dx_strides), dresidual = way(p.dresidual, mapped.dresidual_strides);
+    const Writing dx = way(p.dx, p.dx_strides), dresidual = way(p.dresidual, p.dresidual_strides);
     return dx < dresidual ? dx : dresidual;
   }
   static Folding folding_of_all(const BackwardParams& p) {
-    const Folding f = folding_of(p.extent, sizeof(typename D::Element));
+    const Folding f = folding_of(p.extent);
     const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
                      foldable(p.extent, f, p.residual, p.residual_strides) &&
                      foldable(p.extent, f, p.dx, p.dx_strides) &&
@@ -148,19 +147,19 @@ struct Backward {
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns, int64_t next) const {
     if (!p.dx && !p.dresidual) return;
-    const int64_t x_away = next * mapped.x_strides.channel, dy_away = next * mapped.dy_strides.channel;
+    const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
     const auto map = [&](const auto& gradient) {
-      map_elements<D>(gradient, writing, mapped.extent, work.coefficients, outers, columns);
+      map_elements<D>(gradient, writing, p.extent, work.coefficients, outers, columns);
     };
     if (p.activation == Activation::none && !p.dresidual)
-      map(NormalizeGradient<D, Ending::none>{mapped, x_away, dy_away});
+      map(NormalizeGradient<D, Ending::none>{p, x_away, dy_away});
     else if (p.mask)
-      map(NormalizeGradient<D, Ending::masked>{mapped, x_away, dy_away});
+      map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away});
     else if (is_curved(p.activation))
-      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{mapped, x_away, dy_away}, Writing::cached,
-                              mapped.extent, work.coefficients, outers, columns);
+      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, Writing::cached,
+                              p.extent, work.coefficients, outers, columns);
     else
-      map(NormalizeGradient<D, Ending::general>{mapped, x_away, dy_away});
+      map(NormalizeGradient<D, Ending::general>{p, x_away, dy_away});
   }
 };
 
@@ -169,12 +168,12 @@ struct Inference {
   typedef D Type;
   static constexpr int64_t kInputs = 1;
   const Folding folding;
-  const InferenceParams p, mapped;  // folded
+  const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
   const Writing writing;
 
   Inference(const InferenceParams& params, const Executor& executor)
-      : folding(narrowed(folding_of_map<D>(params))), p(folded_map(params, folding)), mapped(p),
+      : folding(folding_of_map(params)), p(folded_map(params, folding)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);

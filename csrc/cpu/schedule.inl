@@ -5,7 +5,7 @@ constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thre
 /// The steps of a pass, each over some channels or columns of channels; `self` is the pass.
 struct Steps {
   const void* self;
-  Extent extent, map_extent;  // folded
+  Extent extent;  // folded
   Folding folding;
   Partition cut;
   int64_t inputs, element_bytes, column_block;
@@ -18,7 +18,7 @@ struct Steps {
 template <class Pass>
 Steps steps_of(const Pass& pass) {
   using D = typename Pass::Type;
-  return {&pass, pass.p.extent, pass.mapped.extent, pass.folding, pass.work.cut, Pass::kInputs,
+  return {&pass, pass.p.extent, pass.folding, pass.work.cut, Pass::kInputs,
           sizeof(typename D::Element), kColumnBlock<D>,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns) {
@@ -34,7 +34,7 @@ Steps steps_of(const Pass& pass) {
 /// reduction it begins at the end, which that has left in the caches.
 void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   constexpr int64_t kTile = 1 << 15, kRows = 32, kWidest = 8192;
-  const Extent& e = steps.map_extent;
+  const Extent& e = steps.extent;
   const bool rows = e.inner == 1;
   const int64_t width = least(e.channels, rows ? kWidest : ceil_div(kTile, e.inner));
   const int64_t across = ceil_div(e.channels, width);
@@ -68,9 +68,8 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
       for (int64_t group = 0; group < e.groups; ++group)
         for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
       steps.finish(steps.self, channels);
-      const Extent& mapped = steps.map_extent;
       const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
-      steps.map(steps.self, {0, mapped.outer}, f.fold == 1 ? columns : Range{0, mapped.channels}, next);
+      steps.map(steps.self, {0, e.outer}, columns, next);
     }
     end_streaming();
   });
