@@ -295,7 +295,15 @@ def calls(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(torch_bn.reference, "batch_norm", spy("plain", torch_bn.reference.batch_norm))
     if _operators.batch_norm is not None:
+        direct = _operators.direct
+
+        def spied(*arguments):
+            if (output := direct(*arguments)) is not None:
+                taken.append("kernels")
+            return output
+
         monkeypatch.setattr(_operators, "batch_norm", spy("kernels", _operators.batch_norm))
+        monkeypatch.setattr(_operators, "direct", spied)
     return taken
 
 

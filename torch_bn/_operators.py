@@ -16,6 +16,9 @@ logger = logging.getLogger("torch_bn")
 batch_norm: Any = None
 """torch.ops.torch_bn.batch_norm.default once the kernels are loaded, else None. Read it at each call."""
 
+direct: Any = None
+"""A shorter way to it, _C.direct, which says None where it cannot serve. Read both at each call."""
+
 has_cuda = False
 """Whether the kernels that are loaded run on CUDA devices, too. Read it at each call."""
 
@@ -77,12 +80,13 @@ def build_info() -> dict[str, Any]:
 
 def _adopt(extension: ModuleType, origin: str) -> None:
     """Makes a loaded extension the one in use."""
-    global batch_norm, has_cuda, _extension, _origin, _reason
+    global batch_norm, direct, has_cuda, _extension, _origin, _reason
     from . import _fake  # noqa: F401  describes the operators, so they must be registered first
 
     _extension, _origin, _reason = extension, origin, None
     has_cuda = extension.build_info()["cuda"] is not None
     batch_norm = torch.ops.torch_bn.batch_norm.default
+    direct = extension.direct
 
 
 def _misfit() -> str | None:

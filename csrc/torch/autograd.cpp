@@ -408,6 +408,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
   }
 };
 
+}  // namespace
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
                   const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum, double eps,
@@ -424,8 +426,6 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const Optio
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return call.without_gradient(input, weight, bias, residual);
 }
-
-}  // namespace
 
 bool inside_backward() { return torch::autograd::get_current_graph_task_id() != -1; }
 

@@ -1,10 +1,11 @@
-// The Python module torch_bn._C: importing it registers the operators (ops.cpp). It exports facts about the build and
-// the choice of the CPU table, nothing else: too little for pybind11, whose header alone takes 4 s to compile.
+// The Python module torch_bn._C: importing it registers the operators (ops.cpp). It exports facts about the build, the
+// choice of the CPU table, and a short way to the operator that users call.
 #include <Python.h>
 #include <torch/version.h>
 
 #include "../kernels.h"
 #include "backend.h"
+#include "direct.h"
 
 namespace {
 
@@ -53,6 +54,10 @@ PyMethodDef methods[] = {
     {"cpu_table", cpu_table, METH_NOARGS, "The table in use."},
     {"cpu_tables", cpu_tables, METH_NOARGS, "The kernel tables that this CPU can run, best first."},
     {"use_cpu_table", use_cpu_table, METH_O, "Chooses the table for the whole process."},
+    {"direct", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(torch_bn::direct)), METH_FASTCALL,
+     "torch.ops.torch_bn.batch_norm on its first ten arguments and functional's Extras and Ending, or None each; or None,\n"
+     "with nothing done, where an argument is not of the most usual type, the device has no kernels, or a mode, a\n"
+     "transform, a trace or a backward is active."},
     {nullptr, nullptr, 0, nullptr},
 };
 
