@@ -43,12 +43,13 @@ struct Forwarded {
   const typename D::Compute *center, *scale, *shift;  // [columns]
 };
 
-/// Adds the sums over the units [first, last) of at most kPlanes channels.
+/// Adds the sums over the units [first, last) of at most kPlanes channels; next as for the moments.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
                                                     const GroupOuters& outers, Range units, Range channels, Range all,
-                                                    const Forwarded<D>& forwarded, double* __restrict sum_dz,
-                                                    double* __restrict sum_dz_deviation) {
+                                                    int64_t next, const Forwarded<D>& forwarded,
+                                                    double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
+  const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
     for (int64_t c = channels.first; c < channels.last; ++c) {
       const Vec<D> center = splat<D>(forwarded.center[c]), scale = splat<D>(forwarded.scale[c]),
@@ -59,11 +60,15 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
         const UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
         prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
         prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
-        sums.add(s.count, [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
+        const auto add = [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
           const Vec<D> deviation = load<D>(from.x + i, count) - center;
           const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
           s1 += keep<D>(dz, count);
           s2 += keep<D>(dz * deviation, count);
+        };
+        sums.add(s.count, add, [&](int64_t i) {
+          prefetch_ahead(from.x + i + x_away);
+          prefetch_ahead(from.dy + i + dy_away);
         });
       }
       sum_dz[c] += sums.total_first();
@@ -73,10 +78,11 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
 
 template <class D, Ending kEnding>
 void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
-                     Range channels, const Forwarded<D>& forwarded, double* sum_dz, double* sum_dz_deviation) {
+                     Range channels, int64_t next, const Forwarded<D>& forwarded, double* sum_dz,
+                     double* sum_dz_deviation) {
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
-                                     sum_dz, sum_dz_deviation);
+    plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, next,
+                                     forwarded, sum_dz, sum_dz_deviation);
 }
 
 /// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments

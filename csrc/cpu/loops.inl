@@ -57,17 +57,19 @@ template <class D>
 struct Sums {
   Vec<D> first[4] = {}, second[4] = {};
 
-  /// Calls f(i, count, first, second) on every register of n adjacent elements.
-  template <class F>
-  void add(int64_t n, const F& f) {
-    constexpr int64_t L = kLanes<D>;
+  /// Calls f(i, count, first, second) on every register of n adjacent elements, and before it visit(i) for every line.
+  template <class F, class Visit>
+  void add(int64_t n, const F& f, const Visit& visit) {
+    constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
     int64_t i = 0;
     for (; i + 4 * L <= n; i += 4 * L) {
+      for (int64_t k = 0; k < 4 * L; k += kLine) visit(i + k);
       f(i, All{}, first[0], second[0]);
       f(i + L, All{}, first[1], second[1]);
       f(i + 2 * L, All{}, first[2], second[2]);
       f(i + 3 * L, All{}, first[3], second[3]);
     }
+    for (int64_t k = i; k < n; k += kLine) visit(k);
     const int64_t whole = (n - i) / L;
     if (whole > 0) f(i, All{}, first[0], second[0]);
     if (whole > 1) f(i + L, All{}, first[1], second[1]);

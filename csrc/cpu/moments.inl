@@ -23,13 +23,15 @@ BN_INLINE T finite_or_zero(T value) {
 }
 
 /// Joins the units [first, last) of at most kPlanes of `all` channels to the mean and m2 of `before` earlier samples, 0
-/// for none. `likely`: the means to expect at first, or null. Returns the number of samples then.
+/// for none. next: how many channels further on lies what is read soon. `likely`: the means to expect at
+/// first, or null. Returns the number of samples then.
 template <class D>
 __attribute__((flatten)) double join_planes(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
-                                            Range units, Range channels, Range all, double before, const double* likely,
-                                            double* __restrict mean, double* __restrict m2) {
+                                            Range units, Range channels, Range all, int64_t next, double before,
+                                            const double* likely, double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   const int width = int(channels.last - channels.first);
+  const int64_t away = next * p.x_strides.channel;
   const auto segment = [&](int64_t unit) { return segment_of(p.extent, cut, outers, unit); };
   const auto begin_of = [&](const Segment& s, int c) {
     return static_cast<const typename D::Element*>(p.x) + s.outer * p.x_strides.outer +
@@ -57,11 +59,12 @@ __attribute__((flatten)) double join_planes(const ForwardParams& p, const Partit
         const Segment s = segment(u);
         const auto* from = begin_of(s, c);
         prefetch_after<D>(from, p.extent, p.x_strides, channels, all);
-        sums.add(s.count, [&](int64_t i, auto lanes, Vec<D>& first, Vec<D>& second) {
+        const auto add = [&](int64_t i, auto lanes, Vec<D>& first, Vec<D>& second) {
           const Vec<D> d = keep<D>(load<D>(from + i, lanes) - center, lanes);
           first += d;
           second += d * d;
-        });
+        };
+        sums.add(s.count, add, [=](int64_t i) { prefetch_ahead(from + i + away); });
       }
       s1[c] = sums.total_first();
       s2[c] = sums.total_second();
@@ -98,15 +101,15 @@ __attribute__((flatten)) double join_planes(const ForwardParams& p, const Partit
 /// side by side a few units each, before the next units: they are one run of memory.
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
-                   const double* likely, double* mean, double* m2) {
+                   int64_t next, const double* likely, double* mean, double* m2) {
   for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = m2[c] = 0;
   const int64_t step = channels.last - channels.first > kPlanes ? cut.whole : units.last - units.first;
   double before = 0, joined = 0;
   for (int64_t unit = units.first; unit < units.last; unit += step, before = joined)
     for (int64_t c = channels.first; c < channels.last; c += kPlanes)
       joined = join_planes<D>(p, cut, outers, {unit, least(unit + step, units.last)},
-                              {c, least(c + kPlanes, channels.last)}, channels, before, likely ? likely + c : nullptr,
-                              mean + c, m2 + c);
+                              {c, least(c + kPlanes, channels.last)}, channels, next, before,
+                              likely ? likely + c : nullptr, mean + c, m2 + c);
 }
 
 /// The sums of deviations and of their squares over n rows, for `width` adjacent columns. One row after another, as memory

@@ -71,12 +71,12 @@ struct Forward {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
   }
   void prepare(Range) const {}
-  void reduce(int64_t group, int64_t slice, Range columns) const {
+  void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     const Part part(work, group, slice);
     double *mean = work.first + part.at, *m2 = work.second + part.at;
     if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
     const double* likely = group > 0 ? mean - p.extent.channels : nullptr;  // of the group before
-    plane_moments<D>(p, work.cut, part.outers, part.units, columns, likely, mean, m2);
+    plane_moments<D>(p, work.cut, part.outers, part.units, columns, next, likely, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
@@ -123,18 +123,18 @@ struct Backward {
     return p;
   }
   void prepare(Range channels) const { prepare_gradients(given, work, channels); }
-  void reduce(int64_t group, int64_t slice, Range columns) const {
+  void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     if (p.activation == Activation::none)
-      reduce<D, Ending::none>(group, slice, columns);
+      reduce<D, Ending::none>(group, slice, columns, next);
     else if (p.mask)
-      reduce<D, Ending::masked>(group, slice, columns);
+      reduce<D, Ending::masked>(group, slice, columns, next);
     else if (is_curved(p.activation))
-      reduce<Curved<D>, Ending::general>(group, slice, columns);
+      reduce<Curved<D>, Ending::general>(group, slice, columns, next);
     else
-      reduce<D, Ending::general>(group, slice, columns);
+      reduce<D, Ending::general>(group, slice, columns, next);
   }
   template <class E, Ending kEnding>
-  void reduce(int64_t group, int64_t slice, Range columns) const {
+  void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     const Part part(work, group, slice);
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
     const Forwarded<E> forwarded{row(0), row(4), row(5)};
@@ -142,7 +142,7 @@ struct Backward {
     for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
     if (p.extent.inner == 1)
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
-    plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, forwarded, dz, dz_deviation);
+    plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns, int64_t next) const {
@@ -179,7 +179,7 @@ struct Inference {
     prepare_inference(params, work);
   }
   void prepare(Range) const {}
-  void reduce(int64_t, int64_t, Range) const {}
+  void reduce(int64_t, int64_t, Range, int64_t) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
     constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);

@@ -10,7 +10,7 @@ struct Steps {
   Partition cut;
   int64_t inputs, element_bytes, column_block;
   void (*prepare)(const void* self, Range channels);
-  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns);  // planes: one group after another
+  void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns, int64_t next);  // planes: groups in turn
   void (*finish)(const void* self, Range channels);
   void (*map)(const void* self, Range outers, Range columns, int64_t next);
 };
@@ -21,8 +21,8 @@ Steps steps_of(const Pass& pass) {
   return {&pass, pass.p.extent, pass.folding, pass.work.cut, Pass::kInputs,
           sizeof(typename D::Element), kColumnBlock<D>,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
-          [](const void* self, int64_t group, int64_t slice, Range columns) {
-            static_cast<const Pass*>(self)->reduce(group, slice, columns);
+          [](const void* self, int64_t group, int64_t slice, Range columns, int64_t next) {
+            static_cast<const Pass*>(self)->reduce(group, slice, columns, next);
           },
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
           [](const void* self, Range outers, Range columns, int64_t next) {
@@ -54,8 +54,9 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   });
 }
 
-/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read, and asks for
-/// what the next reduction reads. The columns of a block are adjacent unless rows are folded; then there is one block.
+/// Block of channels by block of channels, so that the map finds in the cache what the reduction has read, and both ask
+/// for what the next reduction reads: the channels that are `next` further on. The columns of a block are adjacent unless
+/// rows are folded; then there is one block.
 void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int64_t grain) {
   const Extent& e = steps.extent;
   const Folding& f = steps.folding;
@@ -64,11 +65,11 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
     for (int64_t i = first; i < last; ++i) {
       const Range channels{i * block, least(f.channels, (i + 1) * block)};
       const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
+      const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
       steps.prepare(steps.self, channels);
       for (int64_t group = 0; group < e.groups; ++group)
-        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns);
+        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns, next);
       steps.finish(steps.self, channels);
-      const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
       steps.map(steps.self, {0, e.outer}, columns, next);
     }
     end_streaming();
@@ -93,7 +94,7 @@ void run_steps(const Steps& steps, const Executor& executor) {
                    const int64_t part = i / blocks, begin = i % blocks * block, group = part / slices * together;
                    const Range columns{begin, least(e.channels, begin + block)};
                    for (int64_t g = group; g < group + together; ++g)
-                     steps.reduce(steps.self, g, part % slices, columns);
+                     steps.reduce(steps.self, g, part % slices, columns, 0);
                  }
                });
   over_channels(steps.finish);
