@@ -32,7 +32,7 @@ Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool 
   if (!kCanStream<D> || !large || (planes && s.channel != e.inner)) return Writing::cached;
   const int64_t apart = (s.outer | (planes ? e.inner : 0)) * kBytes;
   if ((reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0) return Writing::streamed;
-  return planes && e.inner * kBytes >= 2 * kLine ? Writing::gathered : Writing::cached;
+  return planes && e.inner * kBytes >= kLine ? Writing::gathered : Writing::cached;
 }
 
 /// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading.
