@@ -29,13 +29,18 @@ def arguments(**others):
     return {**dict(zip(NAMES, usual, strict=True)), **others}
 
 
+def averages(**others):
+    return Renorm(torch.zeros(5), torch.zeros(5), torch.zeros(()), torch.zeros(()), 0.01)._replace(**others)
+
+
 def directly(**given):
     return _operators.direct(*given.values())
 
 
 def by_torch_ops(*, extras, ending, **given):
     extras, ending = extras or Extras(), ending or Ending()
-    return torch.ops.torch_bn.batch_norm(*given.values(), *extras[:3], *[None] * 4, 0.01, *[None] * 4, *ending)
+    renorm = extras.renorm or [*[None] * 4, 0.01, *[None] * 3]
+    return torch.ops.torch_bn.batch_norm(*given.values(), *extras[:3], *renorm, None, *ending)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,16 @@ def test_it_does_what_the_operator_does(others):
         assert ours[name] is None or ours[name]._version == theirs[name]._version
 
 
+@pytest.mark.parametrize("bounds", [{}, {"rmin": 0.5, "rmax": 3.0, "dmax": 5.0}], ids=["unbounded", "bounded"])
+def test_it_does_renorm_as_the_operator_does(bounds):
+    ours, theirs = (averages(momentum=0.25, **bounds) for _ in range(2))
+    for _ in range(2):
+        y = directly(**arguments(extras=Extras(groups=2, renorm=ours)))
+        assert torch.equal(y, by_torch_ops(**arguments(extras=Extras(groups=2, renorm=theirs))))
+    assert all(torch.equal(*pair) for pair in zip(ours[:4], theirs[:4], strict=True))
+    assert ours.mean_weight == 1 - 0.75**2
+
+
 @pytest.mark.parametrize(
     ("layer", "x"),
     [
@@ -68,6 +83,7 @@ def test_it_does_what_the_operator_does(others):
         (torch_bn.BatchNorm1d(5).eval(), torch.randn(6, 5)),
         (torch_bn.BatchNorm2d(5, activation="silu"), torch.randn(6, 5, 3, 2)),
         (torch_bn.BatchNorm2d(5, virtual_batch_size=2, fused=True), torch.randn(6, 5, 3, 2)),
+        (torch_bn.BatchNorm2d(5, renorm=True, renorm_clipping={"rmax": 3}), torch.randn(6, 5, 3, 2)),
         (torch_bn.BatchNorm3d(5, affine=False, track_running_stats=False), torch.randn(6, 5, 3, 2, 2)),
         (torch_bn.layers.BatchNormalization(), torch.randn(6, 5)),
     ],
@@ -81,9 +97,6 @@ def test_layers_take_it(layer, x, monkeypatch):
 
 class Subclass(torch.Tensor):
     pass
-
-
-RENORM = Renorm(torch.zeros(5), torch.zeros(5), torch.zeros(()), torch.zeros(()), 0.01, None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +113,9 @@ RENORM = Renorm(torch.zeros(5), torch.zeros(5), torch.zeros(()), torch.zeros(())
         {"eps": torch.tensor(1e-3)},
         {"axis": True},
         {"axis": 2**63},
-        {"extras": Extras(renorm=RENORM)},
+        {"extras": Extras(renorm=averages(rmax=3))},
+        {"extras": Extras(renorm=averages(mean=torch.zeros(5).as_subclass(Subclass)))},
+        {"extras": Extras(renorm=averages()[:4])},
         {"extras": Extras(frozen=True)},
         {"extras": Extras(inplace=True)},
         {"extras": Extras(groups=2.0)},

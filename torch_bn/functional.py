@@ -249,7 +249,9 @@ def _batch_norm(
     ending: Ending | None = None,
 ) -> Tensor:
     """The operator's arguments and `fused`: what the modules call, once per layer and step, so it must cost little."""
-    if fused is not False and _operators.batch_norm is not None and not _watched():
+    renorm = None if extras is None else extras.renorm
+    dynamo = torch.compiler.is_dynamo_compiling()
+    if fused is not False and _operators.batch_norm is not None and not dynamo and not updates.watch(renorm):
         output = _operators.direct(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis, extras,
             ending,
@@ -379,11 +381,6 @@ def _check_types(
 def _check_fused(fused: object) -> None:
     if fused is not None and not isinstance(fused, bool):
         raise TypeError(f"batch_norm: fused must be None, True or False, got {fused!r}")
-
-
-def _watched() -> bool:
-    """Whether someone in Python must see the call, or its update, in the general form."""
-    return torch.compiler.is_dynamo_compiling() or updates.collector() is not None
 
 
 def _obstacle(input: Tensor) -> str | None:

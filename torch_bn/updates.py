@@ -112,7 +112,12 @@ def interfere(renorm: Renorm | None = None) -> bool:
     updates."""
     if torch.compiler.is_compiling():
         return False
-    return recomputes() or collector() is not None or (renorm is not None and _may_be_checkpointed())
+    return recomputes() or watch(renorm)
+
+
+def watch(renorm: Renorm | None) -> bool:
+    """Whether an update must be seen here: to be collected, or, with renorm, to be found again."""
+    return collector() is not None or (renorm is not None and _may_be_checkpointed())
 
 
 class Pass(NamedTuple):

@@ -59,6 +59,9 @@ struct Call {
   double eps = 0, activation_number = 0;
   int64_t axis = 0, groups = 1;
   std::optional<std::string_view> activation;
+  OptionalTensor renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight;
+  double renorm_momentum = 0.01;
+  std::optional<double> rmin, rmax, dmax;
 
   static constexpr Py_ssize_t kArguments = 12;
 
@@ -68,12 +71,20 @@ struct Call {
            read(args[6], training) && read(args[7], momentum) && read(args[8], eps) && read(args[9], axis) &&
            read_extras(args[10]) && read_ending(args[11]);
   }
-  /// functional.Extras, of which renorm, frozen and inplace need another way.
+  /// functional.Extras, of which frozen and inplace need another way.
   bool read_extras(PyObject* extras) {
     if (extras == Py_None) return true;
     const auto item = [=](Py_ssize_t i) { return PyTuple_GET_ITEM(extras, i); };
     return PyTuple_Check(extras) && PyTuple_GET_SIZE(extras) == 6 && read(item(0), groups) && read(item(1), unbiased) &&
-           read(item(2), strict) && item(3) == Py_None && item(4) == Py_False && item(5) == Py_False;
+           read(item(2), strict) && read_renorm(item(3)) && item(4) == Py_False && item(5) == Py_False;
+  }
+  /// functional.Renorm
+  bool read_renorm(PyObject* renorm) {
+    if (renorm == Py_None) return true;
+    const auto item = [=](Py_ssize_t i) { return PyTuple_GET_ITEM(renorm, i); };
+    return PyTuple_Check(renorm) && PyTuple_GET_SIZE(renorm) == 8 && read(item(0), renorm_mean) &&
+           read(item(1), renorm_stddev) && read(item(2), renorm_mean_weight) && read(item(3), renorm_stddev_weight) &&
+           read(item(4), renorm_momentum) && read(item(5), rmin) && read(item(6), rmax) && read(item(7), dmax);
   }
   /// functional.Ending
   bool read_ending(PyObject* ending) {
@@ -85,10 +96,9 @@ struct Call {
   Tensor run() const {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("torch_bn::batch_norm", "").typed<decltype(batch_norm)>();
-    const OptionalTensor none;
     return op.call(*input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis,
-                   groups, unbiased, strict, none, none, none, none, /*renorm_momentum=*/0, {}, {}, {},
-                   /*statistics=*/none, residual, activation, activation_number);
+                   groups, unbiased, strict, renorm_mean, renorm_stddev, renorm_mean_weight, renorm_stddev_weight,
+                   renorm_momentum, rmin, rmax, dmax, /*statistics=*/{}, residual, activation, activation_number);
   }
 };
 
