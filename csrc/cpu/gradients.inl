@@ -43,13 +43,15 @@ struct Forwarded {
   const typename D::Compute *center, *scale, *shift;  // [columns]
 };
 
-/// Adds the sums over the units [first, last) of at most kPlanes channels; next as for the moments.
+/// The sums over the units [first, last) of at most kPlanes channels; next as for the moments.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
                                                     const GroupOuters& outers, Range units, Range channels, Range all,
                                                     int64_t next, const Forwarded<D>& forwarded,
                                                     double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
+  WideSums<D> wide[kPlanes];
+  for (int64_t c = channels.first; c < channels.last; ++c) wide[c - channels.first].clear();
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
     for (int64_t c = channels.first; c < channels.last; ++c) {
       const Vec<D> center = splat<D>(forwarded.center[c]), scale = splat<D>(forwarded.scale[c]),
@@ -71,9 +73,12 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
           prefetch_ahead(from.dy + i + dy_away);
         });
       }
-      sum_dz[c] += sums.total_first();
-      sum_dz_deviation[c] += sums.total_second();
+      wide[c - channels.first].add(sums);
     }
+  for (int64_t c = channels.first; c < channels.last; ++c) {
+    sum_dz[c] = wide[c - channels.first].total_first();
+    sum_dz_deviation[c] = wide[c - channels.first].total_second();
+  }
 }
 
 template <class D, Ending kEnding>
@@ -109,12 +114,13 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   }
 }
 
-/// Adds the sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
+/// The sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
 template <class D, Ending kEnding>
 void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
                    const Forwarded<D>& forwarded, double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   const int64_t c = columns.first, width = columns.last - c;
+  for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
     sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width,
                                  {forwarded.center + c, forwarded.scale + c, forwarded.shift + c}, first, second);

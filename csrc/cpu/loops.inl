@@ -63,6 +63,7 @@ struct Sums {
     constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
     int64_t i = 0;
     for (; i + 4 * L <= n; i += 4 * L) {
+#pragma GCC unroll 4
       for (int64_t k = 0; k < 4 * L; k += kLine) visit(i + k);
       f(i, All{}, first[0], second[0]);
       f(i + L, All{}, first[1], second[1]);
@@ -78,8 +79,22 @@ struct Sums {
     if (i == n) return;
     n < L ? f(i, int(n - i), first[3], second[3]) : f(n - L, Last{int(n - i)}, first[3], second[3]);
   }
-  double total_first() const { return sum_of_lanes<D>((first[0] + first[1]) + (first[2] + first[3])); }
-  double total_second() const { return sum_of_lanes<D>((second[0] + second[1]) + (second[2] + second[3])); }
+};
+
+/// Sums of many such sums, lane by lane in double: lanes are added up once, at the end.
+template <class D>
+struct WideSums {
+  double first[kLanes<D>], second[kLanes<D>];
+
+  void clear() {
+    for (int i = 0; i < kLanes<D>; ++i) first[i] = second[i] = 0;
+  }
+  void add(const Sums<D>& sums) {
+    add_in_double<D>(first, (sums.first[0] + sums.first[1]) + (sums.first[2] + sums.first[3]));
+    add_in_double<D>(second, (sums.second[0] + sums.second[1]) + (sums.second[2] + sums.second[3]));
+  }
+  double total_first() { return sum_in_place<kLanes<D>>(first); }
+  double total_second() { return sum_in_place<kLanes<D>>(second); }
 };
 
 /// The outer indices of one group, numbered from 0.
@@ -201,6 +216,12 @@ BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupO
   if (cut.parts == 1) return {outers[unit], 0, e.inner};
   const int64_t begin = unit % cut.parts * cut.block;
   return {outers[unit / cut.parts], begin, least(cut.block, e.inner - begin)};
+}
+
+/// Where a segment of a channel begins.
+template <class D>
+BN_INLINE const typename D::Element* place_of(const void* data, const Strides& s, const Segment& segment, int64_t channel) {
+  return static_cast<const typename D::Element*>(data) + segment.outer * s.outer + channel * s.channel + segment.begin;
 }
 
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results

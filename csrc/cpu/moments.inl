@@ -1,17 +1,17 @@
 // The reduction of the forward pass: moments of x, per slice, group and channel.
-// Sums within a block are taken around a pivot near the mean, in the compute type; blocks are merged in double.
-// The pivot is the mean so far, at first that of another group or of a few elements; a block that turns out to lie
-// elsewhere is summed again around its own mean, so one read of memory is enough whatever the data. A block whose sums
-// are not finite is taken in double.
+// Sums are taken around a pivot near the mean: within a block in the compute type, over the blocks in double. The pivot of
+// planes is the mean of another group or of a few elements, that of rows the mean so far; what turns out to lie elsewhere
+// is summed again around its own mean, and what has sums that are not finite is taken in double.
 
-/// Two passes in double over n values: for blocks that overflow the compute type or hold NaN or infinity.
-template <class At>
-__attribute__((noinline)) Moments moments_in_double(int64_t n, const At& at) {
+/// Two passes in double over n values, for what overflows the compute type or holds NaN or infinity. each(f) calls f with
+/// every value.
+template <class Each>
+__attribute__((noinline)) Moments moments_in_double(double n, const Each& each) {
   double mean = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) mean += at(i);
-  mean /= double(n);
-  for (int64_t i = 0; i < n; ++i) m2 += (at(i) - mean) * (at(i) - mean);
-  return {double(n), mean, m2};
+  each([&](double value) { mean += value; });
+  mean /= n;
+  each([&](double value) { m2 += (value - mean) * (value - mean); });
+  return {n, mean, m2};
 }
 
 BN_INLINE bool finite(double a, double b) { return (a - a) + (b - b) == 0; }
@@ -22,94 +22,87 @@ BN_INLINE T finite_or_zero(T value) {
   return value - value == 0 ? value : T(0);
 }
 
-/// Joins the units [first, last) of at most kPlanes of `all` channels to the mean and m2 of `before` earlier samples, 0
-/// for none. next: how many channels further on lies what is read soon. `likely`: the means to expect at
-/// first, or null. Returns the number of samples then.
+/// Of the units [first, last) of at most kPlanes of `all` channels: sums of the deviations from the pivots, and of their
+/// squares. next: how many channels further on lies what is read soon.
 template <class D>
-__attribute__((flatten)) double join_planes(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
-                                            Range units, Range channels, Range all, int64_t next, double before,
-                                            const double* likely, double* __restrict mean, double* __restrict m2) {
-  using Compute = typename D::Compute;
+__attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const Partition& cut, const GroupOuters& outers,
+                                                   Range units, Range channels, Range all, int64_t next,
+                                                   const typename D::Compute* pivot, double* first, double* second) {
   const int width = int(channels.last - channels.first);
   const int64_t away = next * p.x_strides.channel;
-  const auto segment = [&](int64_t unit) { return segment_of(p.extent, cut, outers, unit); };
-  const auto begin_of = [&](const Segment& s, int c) {
-    return static_cast<const typename D::Element*>(p.x) + s.outer * p.x_strides.outer +
-           (channels.first + c) * p.x_strides.channel + s.begin;
-  };
-  Compute pivot[kPlanes];
-  double s1[kPlanes], s2[kPlanes], block_mean[kPlanes], block_m2[kPlanes];
-  const Segment opening = segment(units.first);
-  const int few = int(least(kLanes<D>, opening.count));
-  const auto mean_of_few = [&](int c) {
-    const auto* from = begin_of(opening, c);
-    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
-  };
-  if (before > 0) likely = mean;
-  for (int c = 0; c < width; ++c) pivot[c] = finite_or_zero(Compute(likely ? likely[c] : mean_of_few(c)));
-  for (int64_t unit = units.first; unit < units.last; unit += cut.whole) {
-    const int64_t end = least(unit + cut.whole, units.last);
-    int64_t samples = 0;
-    for (int64_t u = unit; u < end; ++u) samples += segment(u).count;
-    const double count = double(samples), per_sample = 1 / count, weight = count / (before + count);
-    const auto sum_around_pivot = [&](int c) {
+  WideSums<D> wide[kPlanes];
+  for (int c = 0; c < width; ++c) wide[c].clear();
+  for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
+    for (int c = 0; c < width; ++c) {
       Sums<D> sums;
       const Vec<D> center = splat<D>(pivot[c]);
-      for (int64_t u = unit; u < end; ++u) {
-        const Segment s = segment(u);
-        const auto* from = begin_of(s, c);
+      for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
+        const Segment s = segment_of(p.extent, cut, outers, u);
+        const auto* from = place_of<D>(p.x, p.x_strides, s, channels.first + c);
         prefetch_after<D>(from, p.extent, p.x_strides, channels, all);
-        const auto add = [&](int64_t i, auto lanes, Vec<D>& first, Vec<D>& second) {
+        const auto add = [&](int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
           const Vec<D> d = keep<D>(load<D>(from + i, lanes) - center, lanes);
-          first += d;
-          second += d * d;
+          s1 += d;
+          s2 += d * d;
         };
         sums.add(s.count, add, [=](int64_t i) { prefetch_ahead(from + i + away); });
       }
-      s1[c] = sums.total_first();
-      s2[c] = sums.total_second();
-    };
-    for (int c = 0; c < width; ++c) sum_around_pivot(c);
-    for (int c = 0; c < width; ++c)
-      if (!centred(count, s1[c], s2[c])) {
-        pivot[c] += Compute(s1[c] * per_sample);
-        sum_around_pivot(c);
-      }
-    for (int c = 0; c < width; ++c) {
-      block_mean[c] = mean_of_sums(per_sample, double(pivot[c]), s1[c]);
-      block_m2[c] = m2_of_sums(per_sample, s1[c], s2[c]);
+      wide[c].add(sums);
     }
-    for (int c = 0; c < width; ++c)
-      if (!finite(s1[c], s2[c])) {
-        const Moments block = moments_in_double(samples, [&](int64_t i) {
-          const Segment s = segment(unit + i / segment(unit).count);
-          return element<D>(begin_of(s, c) + i % segment(unit).count);
-        });
-        block_mean[c] = block.mean;
-        block_m2[c] = block.m2;
-      }
-    for (int c = 0; c < width; ++c) {
-      join(mean[c], m2[c], before, block_mean[c], block_m2[c], weight);
-      pivot[c] = finite_or_zero(Compute(mean[c]));
-    }
-    before += count;
-  }
-  return before;
+  for (int c = 0; c < width; ++c) first[c] = wide[c].total_first(), second[c] = wide[c].total_second();
 }
 
-/// Moments of the units [first, last) of the channels, into mean and m2; `likely` as above. Of more channels than are taken
-/// side by side a few units each, before the next units: they are one run of memory.
+/// Mean and squared deviations of the units, of one channel.
 template <class D>
-void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, Range channels,
-                   int64_t next, const double* likely, double* mean, double* m2) {
-  for (int64_t c = channels.first; c < channels.last; ++c) mean[c] = m2[c] = 0;
-  const int64_t step = channels.last - channels.first > kPlanes ? cut.whole : units.last - units.first;
-  double before = 0, joined = 0;
-  for (int64_t unit = units.first; unit < units.last; unit += step, before = joined)
-    for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-      joined = join_planes<D>(p, cut, outers, {unit, least(unit + step, units.last)},
-                              {c, least(c + kPlanes, channels.last)}, channels, next, before,
-                              likely ? likely + c : nullptr, mean + c, m2 + c);
+Moments plane_moments_in_double(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
+                                int64_t channel, double count) {
+  return moments_in_double(count, [&](const auto& f) {
+    for (int64_t u = units.first; u < units.last; ++u) {
+      const Segment s = segment_of(p.extent, cut, outers, u);
+      const auto* from = place_of<D>(p.x, p.x_strides, s, channel);
+      for (int64_t i = 0; i < s.count; ++i) f(element<D>(from + i));
+    }
+  });
+}
+
+/// Moments of the units [first, last) of the channels, `count` samples of each, into mean and m2. `likely`: the means to
+/// expect, or null.
+template <class D>
+void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, double count,
+                   Range channels, int64_t next, const double* likely, double* mean, double* m2) {
+  using Compute = typename D::Compute;
+  const double per_sample = 1 / count;
+  const Segment opening = segment_of(p.extent, cut, outers, units.first);
+  const int few = int(least(kLanes<D>, opening.count));
+  const auto mean_of_few = [&](int64_t c) {
+    const auto* from = place_of<D>(p.x, p.x_strides, opening, c);
+    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
+  };
+  Compute pivot[kPlanes];
+  double first[kPlanes], second[kPlanes];
+  for (int64_t begin = channels.first; begin < channels.last; begin += kPlanes) {
+    const Range some{begin, least(begin + kPlanes, channels.last)};
+    const int width = int(some.last - some.first);
+    for (int i = 0; i < width; ++i)
+      pivot[i] = finite_or_zero(Compute(likely ? likely[begin + i] : mean_of_few(begin + i)));
+    sum_plane_deviations<D>(p, cut, outers, units, some, channels, next, pivot, first, second);
+    for (int i = 0; i < width; ++i)
+      if (!centred(count, first[i], second[i])) {
+        const Range one{begin + i, begin + i + 1};
+        pivot[i] += Compute(first[i] * per_sample);
+        sum_plane_deviations<D>(p, cut, outers, units, one, one, 0, pivot + i, first + i, second + i);
+      }
+    for (int i = 0; i < width; ++i) {
+      mean[begin + i] = mean_of_sums(per_sample, double(pivot[i]), first[i]);
+      m2[begin + i] = m2_of_sums(per_sample, first[i], second[i]);
+    }
+    for (int i = 0; i < width; ++i)
+      if (!finite(first[i], second[i])) {
+        const Moments m = plane_moments_in_double<D>(p, cut, outers, units, begin + i, count);
+        mean[begin + i] = m.mean;
+        m2[begin + i] = m.m2;
+      }
+  }
 }
 
 /// The sums of deviations and of their squares over n rows, for `width` adjacent columns. One row after another, as memory
@@ -165,7 +158,9 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
   if (special)
     for (int64_t c = 0; c < width; ++c) {
-      const Moments block = moments_in_double(n, [&](int64_t r) { return element<D>(row[r] + c); });
+      const Moments block = moments_in_double(n, [&](const auto& f) {
+        for (int r = 0; r < n; ++r) f(element<D>(row[r] + c));
+      });
       join(mean[c], m2[c], before, block.mean, block.m2, weight);
     }
   else

@@ -76,7 +76,8 @@ struct Forward {
     double *mean = work.first + part.at, *m2 = work.second + part.at;
     if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
     const double* likely = group > 0 ? mean - p.extent.channels : nullptr;  // of the group before
-    plane_moments<D>(p, work.cut, part.outers, part.units, columns, next, likely, mean, m2);
+    const double count = slice_count(p.extent, work.cut, part.outers.count, slice);
+    plane_moments<D>(p, work.cut, part.outers, part.units, count, columns, next, likely, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
@@ -139,7 +140,6 @@ struct Backward {
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
     const Forwarded<E> forwarded{row(0), row(4), row(5)};
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
-    for (int64_t c = columns.first; c < columns.last; ++c) dz[c] = dz_deviation[c] = 0;
     if (p.extent.inner == 1)
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
     plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, forwarded, dz, dz_deviation);

@@ -207,15 +207,19 @@ BN_INLINE Vec<D> keep(Vec<D> v, int count) {
   return v;
 }
 
-/// By halves: one lane after another, each addition would wait for the one before.
+/// The sum of kCount numbers, which it overwrites: by halves, as each addition would wait for the one before.
+template <int kCount>
+BN_INLINE double sum_in_place(double* numbers) {
+#pragma GCC unroll 4
+  for (int half = kCount / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
+  return numbers[0];
+}
 template <class D>
 BN_INLINE double sum_of_lanes(Vec<D> v) {
   double lanes[kLanes<D>];
   for (int i = 0; i < kLanes<D>; ++i) lanes[i] = v[i];
-#pragma GCC unroll 4
-  for (int half = kLanes<D> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  return sum_in_place<kLanes<D>>(lanes);
 }
 
 /// One element, through the same conversion.
