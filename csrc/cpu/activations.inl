@@ -3,9 +3,7 @@
 
 /// A dtype in the loops that make the call: in those of relu it would cost registers, and a fourth of the time.
 template <class D>
-struct Curved : D {
-  static constexpr bool kStreams = false;
-};
+struct Curved : D {};
 template <class D>
 constexpr bool kIsCurved = false;
 template <class D>

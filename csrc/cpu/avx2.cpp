@@ -11,6 +11,7 @@ namespace {
 #include "activations.inl"
 #include "loops.inl"
 #include "mask.inl"
+#include "runs.inl"
 #include "moments.inl"
 #include "gradients.inl"
 #include "maps.inl"

@@ -77,10 +77,25 @@ __attribute__((flatten)) void gather_planes(const Map map, const Extent& e,
   }
 }
 
+/// Whether the runs of these channels are whole lines of every output, at all outers if at the first two.
+template <class Map>
+bool runs_are_lines(const Map& map, int64_t bytes, Range channels) {
+  uintptr_t apart = uintptr_t(bytes);
+  for (int64_t outer = 0; outer < 2; ++outer)
+    for (const auto* out : map.at(outer, channels.first).out) apart |= reinterpret_cast<uintptr_t>(out);
+  return apart % 64 == 0;
+}
+
+/// in_runs: whether planes are walked so, where all outers are mapped.
 template <class D, class Map>
-void map_elements(const Map& map, Writing writing, const Extent& e,
+void map_elements(const Map& map, Writing writing, bool in_runs, const Extent& e,
                   const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
-  if constexpr (kCanStream<D>) {
+  const bool runs = in_runs && outers.last - outers.first == e.outer;
+  if constexpr (kHasLines<D>)
+    if (runs && writing == Writing::cached) return map_runs<D, false>(map, e, coefficients, columns);
+  if constexpr (kHasLines<D> && !kIsCurved<D>) {
+    const int64_t bytes = (columns.last - columns.first) * e.inner * int64_t(sizeof(typename D::Element));
+    if (runs && runs_are_lines(map, bytes, columns)) return map_runs<D, true>(map, e, coefficients, columns);
     if (writing == Writing::streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
     if (writing == Writing::gathered) return gather_planes<D>(map, e, coefficients, outers, columns);
   }

@@ -81,10 +81,56 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
   }
 }
 
+/// The same of one run of channels, over whole planes.
+template <class D, Ending kEnding>
+__attribute__((flatten)) void run_gradients(const BackwardParams& p, const GroupOuters& outers, Range planes,
+                                            Range channels, int64_t next, const Forwarded<D>& forwarded,
+                                            double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
+  const int64_t inner = p.extent.inner, c = channels.first, width = channels.last - c;
+  const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
+  constexpr bool kForwarded = kEnding == Ending::general;
+  typename D::Compute center[kRunElements + kSlack], scale[kForwarded ? kRunElements + kSlack : 1],
+      shift[kForwarded ? kRunElements + kSlack : 1];
+  WideSums<Parameter<D>> wide[kRunChannels];
+  spread<Parameter<D>>(forwarded.center + c, width, inner, center);
+  if constexpr (kForwarded) {
+    spread<Parameter<D>>(forwarded.scale + c, width, inner, scale);
+    spread<Parameter<D>>(forwarded.shift + c, width, inner, shift);
+  }
+  for (int64_t i = 0; i < width; ++i) wide[i].clear();
+  const auto fetch = [&](const auto& row, int64_t i) {
+    prefetch_ahead(row.x + i + x_away);
+    prefetch_ahead(row.dy + i + dy_away);
+  };
+  const auto add = [&](const auto& row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
+    const auto at = [&](const auto* run) { return load<Parameter<D>>(run + i, lanes); };
+    const Vec<D> deviation = load<D>(row.x + i, lanes) - at(center);
+    Vec<D> forward_scale = {}, forward_shift = {};
+    if constexpr (kForwarded) forward_scale = at(scale), forward_shift = at(shift);
+    const Vec<D> dz = row.dz(i, lanes, deviation, forward_scale, forward_shift);
+    s1 += dz;
+    s2 += dz * deviation;
+  };
+  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
+    const auto row_at = [&](int64_t j) { return UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0); };
+    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide);
+  }
+  for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = wide[i].total_first(), sum_dz_deviation[c + i] = wide[i].total_second();
+}
+
+/// in_runs: whether planes may be walked so.
 template <class D, Ending kEnding>
 void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
-                     Range channels, int64_t next, const Forwarded<D>& forwarded, double* sum_dz,
+                     Range channels, int64_t next, bool in_runs, const Forwarded<D>& forwarded, double* sum_dz,
                      double* sum_dz_deviation) {
+  if constexpr (kHasLines<D> && kEnding != Ending::masked) {
+    if (const int64_t run = in_runs ? channels_reduced_as_run<D>(p.extent) : 0) {
+      for (int64_t c = channels.first; c < channels.last; c += run)
+        run_gradients<D, kEnding>(p, outers, units, {c, least(c + run, channels.last)}, next, forwarded, sum_dz,
+                                 sum_dz_deviation);
+      return;
+    }
+  }
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
     plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, next,
                                      forwarded, sum_dz, sum_dz_deviation);

@@ -13,10 +13,6 @@ BN_INLINE void advance(Element*& place, const Strides& s) {
   if (place) place += s.outer;
 }
 
-/// Registers of a whole line: one written in two parts is slow.
-template <class D>
-constexpr bool kCanStream = D::kStreams && BN_VECTOR_BYTES == 64;
-
 /// How an output is written: as any memory, or past the caches, register by register or in lines gathered from those.
 enum class Writing { cached, gathered, streamed };
 
@@ -29,7 +25,7 @@ Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool 
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
   const bool large = e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
   const bool planes = e.inner > 1;
-  if (!kCanStream<D> || !large || (planes && s.channel != e.inner)) return Writing::cached;
+  if (!kHasLines<D> || !large || (planes && s.channel != e.inner)) return Writing::cached;
   const int64_t apart = (s.outer | (planes ? e.inner : 0)) * kBytes;
   if ((reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % kLine == 0) return Writing::streamed;
   return planes && e.inner * kBytes >= kLine ? Writing::gathered : Writing::cached;
@@ -63,7 +59,7 @@ struct NormalizeParams {
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest.
 template <class D, Ending kEnding>
 struct Normalize {
-  static constexpr int kOutputs = 1;
+  static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
@@ -132,7 +128,7 @@ struct Normalize {
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
 template <class D, Ending kEnding>
 struct NormalizeGradient {
-  static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2;
+  static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
   static constexpr bool kMayLackOutput = kEnding != Ending::none;
   using Element = typename D::Element;
   const BackwardParams& p;
@@ -251,6 +247,30 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
       const typename Map::At at[1] = {map.at(outer, channel)};
       if constexpr (!kStreamed) prefetch_plane<D>(at[0].out[0] + map.channel_stride(), inner);
       map_run<D, 1, kStreamed>(map, at, inner, [&](int64_t, auto) -> const auto& { return k; });
+    }
+  }
+}
+
+/// Applies a map to runs of the planes of the channels, at all outers.
+template <class D, bool kStreamed, class Map>
+__attribute__((flatten)) void map_runs(const Map map, const Extent& e,
+                                       const Coefficients<typename D::Compute>& coefficients, Range channels) {
+  using Compute = typename D::Compute;
+  alignas(64) Compute run[Map::kCoefficients][kRun + kSlack];
+  const int64_t inner = e.inner, beginning = channels_of_run<D>(e), at_once = kRun / (beginning * inner) * beginning;
+  const Grouping grouping(e);
+  for (int64_t group = 0; group < e.groups; ++group) {
+    const GroupOuters outers = grouping.outers(group);
+    for (int64_t channel = channels.first; channel < channels.last; channel += at_once) {
+      const int64_t some = least(at_once, channels.last - channel);
+      for (int k = 0; k < Map::kCoefficients; ++k)
+        spread<Parameter<D>>(coefficients.row(k) + group * coefficients.columns + channel, some, inner, run[k]);
+      for (int64_t j = 0; j < outers.count; ++j) {
+        const typename Map::At at[1] = {map.at(outers[j], channel)};
+        map_run<D, 1, kStreamed>(map, at, some * inner, [&](int64_t i, auto count) {
+          return typename Map::Channel([&](int k) { return load<Parameter<D>>(run[k] + i, count); });
+        });
+      }
     }
   }
 }

@@ -52,6 +52,30 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
   for (int c = 0; c < width; ++c) first[c] = wide[c].total_first(), second[c] = wide[c].total_second();
 }
 
+/// The same of one run of channels, over whole planes.
+template <class D>
+__attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const GroupOuters& outers, Range planes,
+                                                 Range channels, int64_t next, const typename D::Compute* pivot,
+                                                 double* first, double* second) {
+  const int64_t inner = p.extent.inner, width = channels.last - channels.first, away = next * p.x_strides.channel;
+  const auto* const x = static_cast<const typename D::Element*>(p.x) + channels.first * p.x_strides.channel;
+  typename D::Compute center[kRunElements + kSlack];
+  WideSums<Parameter<D>> wide[kRunChannels];
+  spread<Parameter<D>>(pivot, width, inner, center);
+  for (int64_t c = 0; c < width; ++c) wide[c].clear();
+  const auto fetch = [&](const auto* row, int64_t i) { prefetch_ahead(row + i + away); };
+  const auto add = [&](const auto* row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
+    const Vec<D> d = load<D>(row + i, lanes) - load<Parameter<D>>(center + i, lanes);
+    s1 += d;
+    s2 += d * d;
+  };
+  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
+    const auto row_at = [&](int64_t j) { return x + outers[plane + j] * p.x_strides.outer; };
+    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide);
+  }
+  for (int64_t c = 0; c < width; ++c) first[c] = wide[c].total_first(), second[c] = wide[c].total_second();
+}
+
 /// Mean and squared deviations of the units, of one channel.
 template <class D>
 Moments plane_moments_in_double(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
@@ -66,11 +90,12 @@ Moments plane_moments_in_double(const ForwardParams& p, const Partition& cut, co
 }
 
 /// Moments of the units [first, last) of the channels, `count` samples of each, into mean and m2. `likely`: the means to
-/// expect, or null.
+/// expect, or null. in_runs: whether planes may be walked so.
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, double count,
-                   Range channels, int64_t next, const double* likely, double* mean, double* m2) {
+                   Range channels, int64_t next, bool in_runs, const double* likely, double* mean, double* m2) {
   using Compute = typename D::Compute;
+  const int64_t run = in_runs ? channels_reduced_as_run<D>(p.extent) : 0, at_once = run ? run : kPlanes;
   const double per_sample = 1 / count;
   const Segment opening = segment_of(p.extent, cut, outers, units.first);
   const int few = int(least(kLanes<D>, opening.count));
@@ -78,14 +103,17 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
     const auto* from = place_of<D>(p.x, p.x_strides, opening, c);
     return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
   };
-  Compute pivot[kPlanes];
-  double first[kPlanes], second[kPlanes];
-  for (int64_t begin = channels.first; begin < channels.last; begin += kPlanes) {
-    const Range some{begin, least(begin + kPlanes, channels.last)};
+  Compute pivot[kRunChannels];
+  double first[kRunChannels], second[kRunChannels];
+  for (int64_t begin = channels.first; begin < channels.last; begin += at_once) {
+    const Range some{begin, least(begin + at_once, channels.last)};
     const int width = int(some.last - some.first);
     for (int i = 0; i < width; ++i)
       pivot[i] = finite_or_zero(Compute(likely ? likely[begin + i] : mean_of_few(begin + i)));
-    sum_plane_deviations<D>(p, cut, outers, units, some, channels, next, pivot, first, second);
+    if constexpr (kHasLines<D>)
+      if (run) sum_run_deviations<D>(p, outers, units, some, next, pivot, first, second);
+    if (!run)
+      sum_plane_deviations<D>(p, cut, outers, units, some, channels, next, pivot, first, second);
     for (int i = 0; i < width; ++i)
       if (!centred(count, first[i], second[i])) {
         const Range one{begin + i, begin + i + 1};

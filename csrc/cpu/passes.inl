@@ -13,12 +13,30 @@ struct Part {
         at((slice * work.extent.groups + group) * work.extent.channels) {}
 };
 
+bool all_foldable(const ForwardParams& p, const Folding& f) {
+  return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
+         foldable(p.extent, f, p.y, p.y_strides);
+}
+bool all_foldable(const InferenceParams& p, const Folding& f) {
+  return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
+         foldable(p.extent, f, p.y, p.y_strides);
+}
+bool all_foldable(const BackwardParams& p, const Folding& f) {
+  return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
+         foldable(p.extent, f, p.residual, p.residual_strides) && foldable(p.extent, f, p.dx, p.dx_strides) &&
+         foldable(p.extent, f, p.dresidual, p.dresidual_strides);
+}
+
 template <class P>
-Folding folding_of_map(const P& p) {
+Folding folding_of_all(const P& p) {
   const Folding f = folding_of(p.extent);
-  const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
-                   foldable(p.extent, f, p.y, p.y_strides);
-  return all ? f : Folding{p.extent.channels, 1, 1};
+  return all_foldable(p, f) ? f : Folding{p.extent.channels, 1, 1};
+}
+
+/// How many channels begin a run of short planes, 0 where planes are walked one by one.
+template <class D, class P>
+int64_t run_of_all(const P& p) {
+  return all_foldable(p, {p.extent.channels, p.extent.inner, 1}) ? channels_of_run<D>(p.extent) : 0;
 }
 
 /// The params as the walk over elements sees them.
@@ -33,21 +51,22 @@ P folded_map(P p, const Folding& f) {
 
 /// x_away: how many elements away what will be read soon lies, 0 for nothing.
 template <class D, class P>
-void normalize(const P& p, Writing writing, const Coefficients<typename D::Compute>& coefficients, Range outers,
+void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns, int64_t x_away) {
   const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
                           x_away, many_planes ? p.residual_strides.outer : 0};
   const auto map = [&](const auto& normalize) {
-    map_elements<D>(normalize, writing, p.extent, coefficients, outers, columns);
+    map_elements<D>(normalize, writing, in_runs, p.extent, coefficients, outers, columns);
   };
   if (p.activation == Activation::none && !p.residual)
     map(Normalize<D, Ending::none>{n, p.extent});
   else if (p.mask)
-    map(Normalize<D, Ending::masked>{n, p.extent});
+    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent}, writing, /*in_runs=*/false, p.extent, coefficients, outers,
+                    columns);
   else if (is_curved(p.activation))
     map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, Writing::cached,
-                            p.extent, coefficients, outers, columns);
+                            in_runs, p.extent, coefficients, outers, columns);
   else
     map(Normalize<D, Ending::general>{n, p.extent});
 }
@@ -59,12 +78,13 @@ struct Forward {
   const ForwardParams& given;
   const Folding folding;
   const ForwardParams p;  // folded
+  const int64_t run;
   Workspace<typename D::Compute> work;
   const Writing writing;
   const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_map(params)), p(folded_map(params, folding)),
+      : given(params), folding(folding_of_all(params)), p(folded_map(params, folding)), run(run_of_all<D>(p)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
@@ -77,11 +97,11 @@ struct Forward {
     if (p.extent.inner == 1) return row_moments<D>(p, part.outers, part.units, columns, mean, m2);
     const double* likely = group > 0 ? mean - p.extent.channels : nullptr;  // of the group before
     const double count = slice_count(p.extent, work.cut, part.outers.count, slice);
-    plane_moments<D>(p, work.cut, part.outers, part.units, count, columns, next, likely, mean, m2);
+    plane_moments<D>(p, work.cut, part.outers, part.units, count, columns, next, run > 0, likely, mean, m2);
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(p, writing, work.coefficients, outers, columns, next * p.x_strides.channel);
+    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, next * p.x_strides.channel);
   }
 };
 
@@ -92,11 +112,12 @@ struct Backward {
   const BackwardParams& given;
   const Folding folding;
   const BackwardParams p;  // folded
+  const int64_t run;
   Workspace<typename D::Compute> work;
   const Writing writing;
 
   Backward(const BackwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)),
+      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)), run(p.mask ? 0 : run_of_all<D>(p)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>), writing(way_of_both(executor)) {}
 
   Writing way_of_both(const Executor& executor) const {
@@ -105,14 +126,6 @@ struct Backward {
     };
     const Writing dx = way(p.dx, p.dx_strides), dresidual = way(p.dresidual, p.dresidual_strides);
     return dx < dresidual ? dx : dresidual;
-  }
-  static Folding folding_of_all(const BackwardParams& p) {
-    const Folding f = folding_of(p.extent);
-    const bool all = foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
-                     foldable(p.extent, f, p.residual, p.residual_strides) &&
-                     foldable(p.extent, f, p.dx, p.dx_strides) &&
-                     foldable(p.extent, f, p.dresidual, p.dresidual_strides);
-    return all ? f : Folding{p.extent.channels, 1, 1};
   }
   static BackwardParams folded_all(BackwardParams p, const Folding& f) {
     p.x_strides = folded(f, p.x_strides);
@@ -142,14 +155,14 @@ struct Backward {
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
     if (p.extent.inner == 1)
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
-    plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, forwarded, dz, dz_deviation);
+    plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, run > 0, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
   void map(Range outers, Range columns, int64_t next) const {
     if (!p.dx && !p.dresidual) return;
     const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
     const auto map = [&](const auto& gradient) {
-      map_elements<D>(gradient, writing, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(gradient, writing, run > 0, p.extent, work.coefficients, outers, columns);
     };
     if (p.activation == Activation::none && !p.dresidual)
       map(NormalizeGradient<D, Ending::none>{p, x_away, dy_away});
@@ -157,7 +170,7 @@ struct Backward {
       map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away});
     else if (is_curved(p.activation))
       map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, Writing::cached,
-                              p.extent, work.coefficients, outers, columns);
+                              run > 0, p.extent, work.coefficients, outers, columns);
     else
       map(NormalizeGradient<D, Ending::general>{p, x_away, dy_away});
   }
@@ -166,14 +179,14 @@ struct Backward {
 template <class D>
 struct Inference {
   typedef D Type;
-  static constexpr int64_t kInputs = 1;
+  static constexpr int64_t kInputs = 1, run = 0;
   const Folding folding;
   const InferenceParams p;  // folded
   Workspace<typename D::Compute> work;
   const Writing writing;
 
   Inference(const InferenceParams& params, const Executor& executor)
-      : folding(folding_of_map(params)), p(folded_map(params, folding)),
+      : folding(folding_of_all(params)), p(folded_map(params, folding)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);
@@ -183,6 +196,6 @@ struct Inference {
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
     constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);
-    normalize<D>(p, writing, work.coefficients, outers, columns, kAhead);
+    normalize<D>(p, writing, false, work.coefficients, outers, columns, kAhead);
   }
 };

@@ -8,7 +8,7 @@ struct Steps {
   Extent extent;  // folded
   Folding folding;
   Partition cut;
-  int64_t inputs, element_bytes, column_block;
+  int64_t inputs, element_bytes, column_block, run;
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns, int64_t next);  // planes: groups in turn
   void (*finish)(const void* self, Range channels);
@@ -19,7 +19,7 @@ template <class Pass>
 Steps steps_of(const Pass& pass) {
   using D = typename Pass::Type;
   return {&pass, pass.p.extent, pass.folding, pass.work.cut, Pass::kInputs,
-          sizeof(typename D::Element), kColumnBlock<D>,
+          sizeof(typename D::Element), kColumnBlock<D>, pass.run,
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns, int64_t next) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns, next);
@@ -103,14 +103,14 @@ void run_steps(const Steps& steps, const Executor& executor) {
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
 /// until they are mapped, while the next come. With two inputs few. Groups need many, as each block has some work for each
-/// of them. A power of two, which threads share evenly.
+/// of them. Whole runs. A power of two, which threads share evenly.
 int64_t channels_at_once(const Steps& steps, int threads) {
   constexpr int64_t kCacheBytes = 1 << 18, kMany = 64;
   const Extent& e = steps.extent;
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
   const int64_t fitting = many ? least(kMany, kCacheBytes / (bytes * steps.inputs)) : least(kPlanes, kCacheBytes / bytes);
-  return power_of_two(least(fitting, shared));
+  return most(steps.run, power_of_two(least(fitting, shared)));
 }
 
 /// Chooses between the two: blocks of channels where their planes are long runs of memory and there are enough of them

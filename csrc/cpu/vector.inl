@@ -37,11 +37,11 @@ BN_INLINE Bits as_high_halves(HalfBits h) { return __builtin_convertvector(h, Bi
 #endif
 
 /// How elements are stored, and the type that all arithmetic on them uses. kWithRest: coefficients of that type are not
-/// fine enough for results of it (float64 has no finer type to find the rest in). kStreams: large outputs may go past the
-/// caches; only for what networks are trained with on a CPU, as each such type takes 0.7 s more to compile.
+/// fine enough for results of it (float64 has no finer type to find the rest in). kTrained: what networks are trained with
+/// on a CPU; only there more kinds of loops pay for the time it takes to compile them.
 struct F32 {
   static constexpr bool kWithRest = true;
-  static constexpr bool kStreams = true;
+  static constexpr bool kTrained = true;
   typedef float Element;
   typedef float Compute;
   typedef Floats Stored;
@@ -51,7 +51,7 @@ struct F32 {
 
 struct F64 {
   static constexpr bool kWithRest = false;
-  static constexpr bool kStreams = false;
+  static constexpr bool kTrained = false;
   typedef double Element;
   typedef double Compute;
   typedef VectorOf<double, BN_VECTOR_BYTES>::type Stored;
@@ -61,7 +61,7 @@ struct F64 {
 
 struct BF16 {
   static constexpr bool kWithRest = false;
-  static constexpr bool kStreams = true;
+  static constexpr bool kTrained = true;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
@@ -75,7 +75,7 @@ struct BF16 {
 
 struct F16 {
   static constexpr bool kWithRest = false;
-  static constexpr bool kStreams = false;
+  static constexpr bool kTrained = false;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
@@ -180,6 +180,10 @@ BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high, std::integer_sequence<
 BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high) {
   return joined(low, high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
 }
+
+/// Whether there are loops for large outputs and for short planes, where registers are whole lines.
+template <class D>
+constexpr bool kHasLines = D::kTrained && BN_VECTOR_BYTES == 64;
 
 /// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late:
 /// end_streaming() orders it before what follows.

@@ -1,0 +1,77 @@
+// Short planes, as those of 7x7: each alone would end within a register and cost more steps than arithmetic, so those of
+// several adjacent channels are walked as one run of memory, in which each element has its channel's coefficients. Only
+// where a register is a line, and over several planes of a channel, which coefficients spread once serve.
+
+constexpr int64_t kRun = 2048;          // elements
+constexpr int64_t kSlack = kLanes<F32>;  // what is spread may reach as far beyond a run
+
+/// How many channels begin a run, so that it is whole lines: a power of two. 0 where planes are walked one by one.
+template <class D>
+int64_t channels_of_run(const Extent& e) {
+  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kShort = 8 * kLine, kFewestPlanes = 4;
+  if (!kHasLines<D> || e.inner == 1 || e.inner > kShort || e.outer < kFewestPlanes * e.groups) return 0;
+  int64_t channels = 1;
+  while (channels * e.inner % kLine != 0) channels *= 2;
+  return channels * e.inner <= kRun ? channels : 0;
+}
+
+/// Each channel's value in all its elements of a run.
+template <class D>
+BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64_t inner, typename D::Compute* run) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec<D> value = splat<D>(values[c]);
+    for (int64_t i = 0; i < inner; i += kLanes<D>) __builtin_memcpy(run + c * inner + i, &value, sizeof value);
+  }
+}
+
+/// How many channels are reduced as one run, 0 where planes are: longer ones lose little by their ends.
+constexpr int64_t kRunElements = 1024, kRunRows = 16;  // so many rows are summed in the compute type
+constexpr int kRunChannels = kRunElements / (kTinyPlane + 1) + 1;
+template <class D>
+int64_t channels_reduced_as_run(const Extent& e) {
+  const bool shorter = e.inner > kTinyPlane && e.inner <= 4 * kLanes<D>;
+  return shorter && channels_of_run<D>(e) ? kRunElements / e.inner : 0;
+}
+
+/// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
+/// for what will be read where the line at i is now; add(row, i, lanes, first, second): adds a register.
+template <class D, class RowAt, class Fetch, class Add>
+BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const RowAt& row_at, const Fetch& fetch,
+                        const Add& add, WideSums<Parameter<D>>* wide) {
+  using P = Parameter<D>;
+  constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
+  constexpr int kRegisters = kIsCurved<D> ? 2 : 6;
+  const int64_t width = channels * inner;
+  typename D::Compute first[kRunElements + kSlack], second[kRunElements + kSlack];
+  int64_t i = 0;
+  for (; i + kRegisters * L <= width; i += kRegisters * L) {
+    Vec<D> s1[kRegisters] = {}, s2[kRegisters] = {};
+    for (int64_t j = 0; j < rows; ++j) {
+      const auto row = row_at(j);
+#pragma GCC unroll 6
+      for (int64_t k = 0; k < kRegisters * L; k += kLine) fetch(row, i + k);
+#pragma GCC unroll 6
+      for (int k = 0; k < kRegisters; ++k) add(row, i + k * L, All{}, s1[k], s2[k]);
+    }
+#pragma GCC unroll 6
+    for (int k = 0; k < kRegisters; ++k) store<P>(first + i + k * L, s1[k]), store<P>(second + i + k * L, s2[k]);
+  }
+  each_register<D>(i, width, [&](int64_t at, auto lanes) {
+    Vec<D> s1 = {}, s2 = {};
+    for (int64_t j = 0; j < rows; ++j) {
+      const auto row = row_at(j);
+      fetch(row, at);
+      add(row, at, lanes, s1, s2);
+    }
+    store<P>(first + at, s1, lanes), store<P>(second + at, s2, lanes);
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    Sums<P> sums;
+    const auto add_column = [&](int64_t k, auto lanes, Vec<P>& s1, Vec<P>& s2) {
+      s1 += keep<P>(load<P>(first + c * inner + k, lanes), lanes);
+      s2 += keep<P>(load<P>(second + c * inner + k, lanes), lanes);
+    };
+    sums.add(inner, add_column, [](int64_t) {});
+    wide[c].add(sums);
+  }
+}
