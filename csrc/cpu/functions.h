@@ -34,7 +34,7 @@ struct FloatsFunctions {
     const Floats r = x - n * kHigh - n * kLow + rest;
     return {scale, r + r * r * polynomial(kTail, r)};
   }
-  /// Of x + rest, where x is not positive and rest much smaller; 0 below the least normal number.
+  /// Of x + rest, where x is not positive and rest much smaller; 0 below the least normal number, whatever rest is.
   BN_INLINE Floats exp(Floats x, Floats rest) {
     const Power p = power(x, rest);
     return x < -87.33f ? Floats{} : p.scale * p.expm1 + p.scale;
@@ -46,7 +46,7 @@ struct FloatsFunctions {
     return p.scale * p.expm1 + (p.scale - 1.0f);
   }
   /// The tail beyond a = |z| is e^(-a^2 / 2) R / (a + k), R a polynomial in (a - k) / (a + k), 2.4e-8 off. k is small, as
-  /// the sum a + k is rounded. The exponential ends at 13.2.
+  /// the sum a + k is rounded. At 13.2 the exponential ends.
   BN_INLINE Normal<Floats> normal(Floats z) {
     constexpr float k = kForHalves ? 4.25f : 1.75f;
     constexpr float kTail[] = {1.02319376e-4f,  4.65611287e-4f, 5.35873929e-4f, -9.64622828e-4f,
@@ -54,7 +54,7 @@ struct FloatsFunctions {
                                -1.87399257e-2f, -2.67828345e-1f, 6.4831084e-1f};
     constexpr float kShortTail[] = {2.09300802e-3f,  -1.04978774e-3f, -1.93713084e-2f, 8.53557661e-2f,
                                     -2.20512047e-1f, 4.18219596e-1f,  -6.25129879e-1f, 7.59554327e-1f};
-    const Floats far = z < Floats{} ? -z : z, farthest = Floats{} + 16.0f, a = far > farthest ? farthest : far;
+    const Floats a = (Floats)((Bits)z & 0x7fffffffu);
     const Floats share = 1.0f / (a + k), place = 1.0f - share * (2 * k), bell = exp_of_square(a);
     const Floats tail = (kForHalves ? polynomial(kShortTail, place) : polynomial(kTail, place)) * share * bell;
     return {z < Floats{} ? tail : 1.0f - tail, bell * 0.398942280f};
