@@ -15,6 +15,8 @@ template <class Floats, class Bits, bool kForHalves>
 struct FloatsFunctions {
   typedef float Scalar;
 
+  BN_INLINE Floats minus_abs(Floats x) { return (Floats)((Bits)x | 0x80000000u); }
+
   /// x + rest = n log(2) + r with |r| <= log(2) / 2: 2^n, and e^r - 1.
   struct Power {
     Floats scale, expm1;
@@ -54,7 +56,7 @@ struct FloatsFunctions {
                                -1.87399257e-2f, -2.67828345e-1f, 6.4831084e-1f};
     constexpr float kShortTail[] = {2.09300802e-3f,  -1.04978774e-3f, -1.93713084e-2f, 8.53557661e-2f,
                                     -2.20512047e-1f, 4.18219596e-1f,  -6.25129879e-1f, 7.59554327e-1f};
-    const Floats a = (Floats)((Bits)z & 0x7fffffffu);
+    const Floats a = -minus_abs(z);
     const Floats share = 1.0f / (a + k), place = 1.0f - share * (2 * k), bell = exp_of_square(a);
     const Floats tail = (kForHalves ? polynomial(kShortTail, place) : polynomial(kTail, place)) * share * bell;
     return {z < Floats{} ? tail : 1.0f - tail, bell * 0.398942280f};
@@ -84,6 +86,10 @@ struct DoublesFunctions {
   typedef double Scalar;
   static constexpr int kCount = sizeof(Doubles) / sizeof(double);
 
+  BN_INLINE Doubles minus_abs(Doubles x) {
+    for (int i = 0; i < kCount; ++i) x[i] = DoubleFunctions::minus_abs(x[i]);
+    return x;
+  }
   BN_INLINE Doubles exp(Doubles x) {
     for (int i = 0; i < kCount; ++i) x[i] = DoubleFunctions::exp(x[i]);
     return x;

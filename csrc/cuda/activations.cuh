@@ -19,6 +19,7 @@ inline bool is_curved(Activation activation) { return activation > Activation::r
 /// the last place, expm1f by 1, normcdff by 5, and __expf by 2 + |1.173 x|.
 struct FloatFunctions {
   using Scalar = float;
+  BN_INLINE float minus_abs(float x) { return -::fabsf(x); }
   BN_INLINE float exp(float x) { return ::expf(x); }
   BN_INLINE float expm1(float x) { return ::expm1f(x); }
   BN_INLINE Normal<float> normal(float z) { return {::normcdff(z), ::expf(z * z * -0.5f) * 0.398942280f}; }

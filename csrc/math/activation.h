@@ -26,15 +26,15 @@ BN_INLINE V relu_gradient(V z, V dy) {
 }
 
 /// The logistic function and 1 - it, each without cancellation; in one division, as a second one costs CUDA registers
-/// that it does not have. M has the functions of a machine: exp and expm1 of what is not positive, normal; and Scalar, the
-/// type of its constants.
+/// that it does not have. M has the functions of a machine: minus_abs, exp and expm1 of what is not positive, normal; and
+/// Scalar, the type of its constants.
 template <typename V>
 struct Logistic {
   V value, complement;
 };
 template <class M, typename V>
 BN_INLINE Logistic<V> logistic(V z) {
-  const V one = V{} + typename M::Scalar(1), small = M::exp(z < V{} ? z : -z);  // never overflows
+  const V one = V{} + typename M::Scalar(1), small = M::exp(M::minus_abs(z));  // never overflows
   const V share = one / (one + small), rest = small * share;
   return {z < V{} ? rest : share, z < V{} ? share : rest};
 }
@@ -48,6 +48,7 @@ struct Normal {
 /// M for double.
 struct DoubleFunctions {
   using Scalar = double;
+  BN_INLINE double minus_abs(double x) { return -::fabs(x); }
   BN_INLINE double exp(double x) { return ::exp(x); }
   BN_INLINE double expm1(double x) { return ::expm1(x); }
   BN_INLINE Normal<double> normal(double z) {
