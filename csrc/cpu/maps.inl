@@ -302,7 +302,7 @@ __attribute__((flatten)) void map_row_run(const Map map, const typename Map::At 
 template <class D, bool kStreamed, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
-  constexpr int kRows = 4, kNarrow = 8192 / sizeof(typename D::Compute);
+  constexpr int kRows = 4, kNarrow = 6144 / sizeof(typename D::Compute);
   const int64_t width = columns.last - columns.first;
   const bool side_by_side = e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
