@@ -30,8 +30,7 @@ Steps steps_of(const Pass& pass) {
           }};
 }
 
-/// The last map over everything, tile by tile: some rows, or some planes of one outer, of one group after another. After a
-/// reduction it begins at the end, which that has left in the caches.
+/// The last map over everything, tile by tile: some rows, or some planes of one outer, of one group after another.
 void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   constexpr int64_t kTile = 1 << 15, kRows = 32, kWidest = 8192;
   const Extent& e = steps.extent;
@@ -98,7 +97,9 @@ void run_steps(const Steps& steps, const Executor& executor) {
                  }
                });
   over_channels(steps.finish);
-  run_map(steps, executor, true);
+  // What the caches cannot hold is mapped from the end, which the reduction has left in them.
+  const int64_t bytes = steps.inputs * e.outer * e.channels * e.inner * steps.element_bytes;
+  run_map(steps, executor, bytes > executor.cache_bytes);
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
