@@ -13,11 +13,8 @@ struct Part {
         at((slice * work.extent.groups + group) * work.extent.channels) {}
 };
 
-bool all_foldable(const ForwardParams& p, const Folding& f) {
-  return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
-         foldable(p.extent, f, p.y, p.y_strides);
-}
-bool all_foldable(const InferenceParams& p, const Folding& f) {
+template <class P>
+bool all_foldable(const P& p, const Folding& f) {
   return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
          foldable(p.extent, f, p.y, p.y_strides);
 }
