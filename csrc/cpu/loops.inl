@@ -226,8 +226,8 @@ BN_INLINE const typename D::Element* place_of(const void* data, const Strides& s
 
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
-/// Asks for what is going to be read next, into the second cache: the nearest is full already.
-BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place, /*write=*/0, /*locality=*/2); }
+/// Asks for what is going to be read next.
+BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place); }
 
 /// How many rows ahead that is: some kilobytes of the columns that are read.
 BN_INLINE int64_t rows_ahead(int64_t columns, int64_t element_bytes) { return ceil_div(8192, columns * element_bytes); }
