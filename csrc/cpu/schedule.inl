@@ -104,14 +104,14 @@ void run_steps(const Steps& steps, const Executor& executor) {
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
 /// until they are mapped, while the next come. With two inputs few. Groups need many, as each block has some work for each
-/// of them. Whole runs. A power of two, which threads share evenly.
+/// of them. Whole runs, unless some threads would have none. A power of two, which threads share evenly.
 int64_t channels_at_once(const Steps& steps, int threads) {
   constexpr int64_t kCacheBytes = 1 << 18, kMany = 64;
   const Extent& e = steps.extent;
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
   const int64_t fitting = many ? least(kMany, kCacheBytes / (bytes * steps.inputs)) : least(kPlanes, kCacheBytes / bytes);
-  return most(steps.run, power_of_two(least(fitting, shared)));
+  return power_of_two(least(most(fitting, steps.run), shared));
 }
 
 /// Chooses between the two: blocks of channels where their planes are long runs of memory and there are enough of them
