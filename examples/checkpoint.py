@@ -17,7 +17,13 @@ class CheckpointError(Exception):
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes ``state`` (tensors and plain Python values) to ``path``; an older file is replaced whole or not at all."""
     with replacing(path) as file:
-        torch.save({"kind": KIND, **state}, file)
+        try:
+            torch.save({"kind": KIND, **state}, file)
+        except RuntimeError as error:
+            # On its way out torch ends the archive, and hides Ctrl-C behind what it finds wrong with that.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path) -> dict[str, Any]:

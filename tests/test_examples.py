@@ -1,5 +1,6 @@
 """The training example: its command line, its checkpoints, and how it ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -252,6 +253,23 @@ def test_leftover_of_a_killed_run_does_not_disturb(saved):
     checkpoint.save(saved, {"weights": torch.ones(2)})
     assert torch.equal(checkpoint.load(saved)["weights"], torch.ones(2))
     assert [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
+def test_ctrl_c_while_saving_is_not_hidden_by_torch(tmp_path, monkeypatch):
+    def end_archive():
+        raise RuntimeError("unexpected pos")
+
+    def interrupted(*_):
+        with contextlib.ExitStack() as stack:
+            stack.callback(end_archive)
+            raise KeyboardInterrupt
+
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"weights": torch.ones(2)})
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"weights": torch.zeros(2)})
+    assert checkpoint.load(path)["weights"].eq(1).all()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send to one process")
