@@ -90,12 +90,14 @@ bool runs_are_lines(const Map& map, int64_t bytes, Range channels) {
 template <class D, class Map>
 void map_elements(const Map& map, Writing writing, bool in_runs, const Extent& e,
                   const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
-  const bool runs = in_runs && outers.last - outers.first == e.outer;
-  if constexpr (kHasLines<D>)
-    if (runs && writing == Writing::cached) return map_runs<D, false>(map, e, coefficients, columns);
+  if constexpr (kHasLines<D> && Map::kInRuns)
+    if (in_runs && outers.last - outers.first == e.outer) {
+      if (writing == Writing::cached) return map_runs<D, false>(map, e, coefficients, columns);
+      const int64_t bytes = (columns.last - columns.first) * e.inner * int64_t(sizeof(typename D::Element));
+      if constexpr (!kIsCurved<D>)
+        if (runs_are_lines(map, bytes, columns)) return map_runs<D, true>(map, e, coefficients, columns);
+    }
   if constexpr (kHasLines<D> && !kIsCurved<D>) {
-    const int64_t bytes = (columns.last - columns.first) * e.inner * int64_t(sizeof(typename D::Element));
-    if (runs && runs_are_lines(map, bytes, columns)) return map_runs<D, true>(map, e, coefficients, columns);
     if (writing == Writing::streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
     if (writing == Writing::gathered) return gather_planes<D>(map, e, coefficients, outers, columns);
   }

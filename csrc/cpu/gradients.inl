@@ -89,8 +89,8 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
   const int64_t inner = p.extent.inner, c = channels.first, width = channels.last - c;
   const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
   constexpr bool kForwarded = kEnding == Ending::general;
-  typename D::Compute center[kRunElements + kSlack], scale[kForwarded ? kRunElements + kSlack : 1],
-      shift[kForwarded ? kRunElements + kSlack : 1];
+  typename D::Compute center[kReducedRun + kSlack], scale[kForwarded ? kReducedRun + kSlack : 1],
+      shift[kForwarded ? kReducedRun + kSlack : 1];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread<Parameter<D>>(forwarded.center + c, width, inner, center);
   if constexpr (kForwarded) {

@@ -60,6 +60,7 @@ struct NormalizeParams {
 template <class D, Ending kEnding>
 struct Normalize {
   static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
+  static constexpr bool kInRuns = kEnding != Ending::masked;  // each plane has a mask of its own
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
@@ -129,6 +130,7 @@ struct Normalize {
 template <class D, Ending kEnding>
 struct NormalizeGradient {
   static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
+  static constexpr bool kInRuns = kEnding != Ending::masked;
   static constexpr bool kMayLackOutput = kEnding != Ending::none;
   using Element = typename D::Element;
   const BackwardParams& p;
@@ -256,8 +258,8 @@ template <class D, bool kStreamed, class Map>
 __attribute__((flatten)) void map_runs(const Map map, const Extent& e,
                                        const Coefficients<typename D::Compute>& coefficients, Range channels) {
   using Compute = typename D::Compute;
-  alignas(64) Compute run[Map::kCoefficients][kRun + kSlack];
-  const int64_t inner = e.inner, beginning = channels_of_run<D>(e), at_once = kRun / (beginning * inner) * beginning;
+  alignas(64) Compute run[Map::kCoefficients][kMappedRun + kSlack];
+  const int64_t inner = e.inner, beginning = channels_of_run<D>(e), at_once = kMappedRun / (beginning * inner) * beginning;
   const Grouping grouping(e);
   for (int64_t group = 0; group < e.groups; ++group) {
     const GroupOuters outers = grouping.outers(group);

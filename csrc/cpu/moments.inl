@@ -59,7 +59,7 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
                                                  double* first, double* second) {
   const int64_t inner = p.extent.inner, width = channels.last - channels.first, away = next * p.x_strides.channel;
   const auto* const x = static_cast<const typename D::Element*>(p.x) + channels.first * p.x_strides.channel;
-  typename D::Compute center[kRunElements + kSlack];
+  typename D::Compute center[kReducedRun + kSlack];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread<Parameter<D>>(pivot, width, inner, center);
   for (int64_t c = 0; c < width; ++c) wide[c].clear();

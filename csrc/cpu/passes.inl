@@ -59,8 +59,7 @@ void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typ
   if (p.activation == Activation::none && !p.residual)
     map(Normalize<D, Ending::none>{n, p.extent});
   else if (p.mask)
-    map_elements<D>(Normalize<D, Ending::masked>{n, p.extent}, writing, /*in_runs=*/false, p.extent, coefficients, outers,
-                    columns);
+    map(Normalize<D, Ending::masked>{n, p.extent});
   else if (is_curved(p.activation))
     map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, Writing::cached,
                             in_runs, p.extent, coefficients, outers, columns);

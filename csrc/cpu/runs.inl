@@ -2,8 +2,10 @@
 // several adjacent channels are walked as one run of memory, in which each element has its channel's coefficients. Only
 // where a register is a line, and over several planes of a channel, which coefficients spread once serve.
 
-constexpr int64_t kRun = 2048;          // elements
-constexpr int64_t kSlack = kLanes<F32>;  // what is spread may reach as far beyond a run
+constexpr int64_t kMappedRun = 2048, kReducedRun = 1024;  // elements at most: their coefficients stay in the nearest cache
+constexpr int64_t kRunRows = 16;                          // are summed in the compute type
+constexpr int kRunChannels = kReducedRun / (kTinyPlane + 1) + 1;  // at most are reduced as one run
+constexpr int64_t kSlack = kLanes<F32>;                   // what is spread may reach as far beyond a run
 
 /// How many channels begin a run, so that it is whole lines: a power of two. 0 where planes are walked one by one.
 template <class D>
@@ -12,7 +14,7 @@ int64_t channels_of_run(const Extent& e) {
   if (!kHasLines<D> || e.inner == 1 || e.inner > kShort || e.outer < kFewestPlanes * e.groups) return 0;
   int64_t channels = 1;
   while (channels * e.inner % kLine != 0) channels *= 2;
-  return channels * e.inner <= kRun ? channels : 0;
+  return channels * e.inner <= kMappedRun ? channels : 0;
 }
 
 /// Each channel's value in all its elements of a run.
@@ -25,12 +27,10 @@ BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64
 }
 
 /// How many channels are reduced as one run, 0 where planes are: longer ones lose little by their ends.
-constexpr int64_t kRunElements = 1024, kRunRows = 16;  // so many rows are summed in the compute type
-constexpr int kRunChannels = kRunElements / (kTinyPlane + 1) + 1;
 template <class D>
 int64_t channels_reduced_as_run(const Extent& e) {
   const bool shorter = e.inner > kTinyPlane && e.inner <= 4 * kLanes<D>;
-  return shorter && channels_of_run<D>(e) ? kRunElements / e.inner : 0;
+  return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner : 0;
 }
 
 /// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
@@ -42,7 +42,7 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
   constexpr int kRegisters = kIsCurved<D> ? 2 : 6;
   const int64_t width = channels * inner;
-  typename D::Compute first[kRunElements + kSlack], second[kRunElements + kSlack];
+  typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
   int64_t i = 0;
   for (; i + kRegisters * L <= width; i += kRegisters * L) {
     Vec<D> s1[kRegisters] = {}, s2[kRegisters] = {};
