@@ -34,9 +34,7 @@ BN_INLINE Strides folded(const Folding& f, const Strides& s) {
 }
 
 int64_t workspace_bytes(DType dtype, const Extent& e) {
-  const bool wide = dtype == DType::f64, half = dtype == DType::bf16 || dtype == DType::f16;
-  const int64_t element = wide ? 8 : half ? 2 : 4, block = column_block(element);
-  const int64_t compute = wide ? sizeof(double) : sizeof(float);
+  const int64_t compute = dtype == DType::f64 ? sizeof(double) : sizeof(float), block = column_block(compute);
   const auto bytes = [&](const Extent& walked) {
     const int64_t length = walked.groups * walked.channels;
     return 2 * partition_of(walked, block).slices * length * int64_t(sizeof(double)) +

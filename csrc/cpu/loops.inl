@@ -154,10 +154,11 @@ struct Partition {
   int64_t whole;          // planes in a block, where they are short
 };
 
-/// Columns of a row that are read at once: a page of memory, so that what belongs to them stays in the nearest cache.
-constexpr int64_t column_block(int64_t element_bytes) { return 4096 / element_bytes; }
+/// Columns of a row that are reduced at once: as many as leave what belongs to them in the nearest cache. Rows that are
+/// read whole are one run of memory.
+constexpr int64_t column_block(int64_t compute_bytes) { return 8192 / compute_bytes; }
 template <class D>
-constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Element));
+constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Compute));
 
 /// Elements of a plane that is so short that all planes side by side are walked as one row.
 constexpr int64_t kTinyPlane = 16;

@@ -97,9 +97,9 @@ void run_steps(const Steps& steps, const Executor& executor) {
                  }
                });
   over_channels(steps.finish);
-  // What the caches cannot hold is mapped from the end, which the reduction has left in them.
+  // What fills the last-level cache is mapped from the end, which the reduction has surely left there.
   const int64_t bytes = steps.inputs * e.outer * e.channels * e.inner * steps.element_bytes;
-  run_map(steps, executor, bytes > executor.cache_bytes);
+  run_map(steps, executor, bytes > executor.cache_bytes / 4 * 3);
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
