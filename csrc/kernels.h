@@ -138,7 +138,7 @@ struct Executor {
 struct Kernels {
   const char* name;
   int64_t (*workspace)(DType, const Extent&);
-  int64_t (*mask_bytes)(const Extent&);  // 0 where backward reads the residual again
+  int64_t (*mask_bytes)(DType, const Extent&);  // 0 where backward reads the residual again
   void (*forward)(const ForwardParams&, const Executor&);
   void (*inference)(const InferenceParams&, const Executor&);
   void (*backward)(const BackwardParams&, const Executor&);

@@ -36,11 +36,13 @@ def _mask(input: Tensor, axis: int, groups: int, residual: Tensor | None, activa
             neighbours //= 2
         narrow = neighbours * input.element_size() < 8
         return input.new_empty((input.numel() // (1 if narrow else neighbours),), dtype=torch.uint8)
-    if channels % 8 != 0 if inner == 1 else inner % 8 != 0 and inner <= 16:
+    if channels * inner % 8 != 0 and inner <= 16:
         return None
     outer = input.numel() // (channels * inner)
-    run = channels if inner == 1 else channels * ((inner + 7) // 8 * 8)
-    return input.new_empty((outer * run // 8,), dtype=torch.uint8)
+    short = inner <= 8 * 64 // input.element_size()
+    plane = inner if short else (inner + 7) // 8 * 8
+    spare = 3
+    return input.new_empty((outer * ((channels * plane + 7) // 8) + spare,), dtype=torch.uint8)
 
 
 def _forward(

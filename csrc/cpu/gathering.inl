@@ -90,7 +90,7 @@ bool runs_are_lines(const Map& map, int64_t bytes, Range channels) {
 template <class D, class Map>
 void map_elements(const Map& map, Writing writing, bool in_runs, const Extent& e,
                   const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
-  if constexpr (kHasLines<D> && Map::kInRuns)
+  if constexpr (kHasLines<D>)
     if (in_runs && outers.last - outers.first == e.outer) {
       if (writing == Writing::cached) return map_runs<D, false>(map, e, coefficients, columns);
       const int64_t bytes = (columns.last - columns.first) * e.inner * int64_t(sizeof(typename D::Element));

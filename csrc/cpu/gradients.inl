@@ -6,7 +6,7 @@ template <class D, Ending kEnding>
 struct UpstreamGradient {
   using Element = typename D::Element;
   const Element *dy, *x, *residual;
-  const uint8_t* mask;
+  MarkedAt mask;
   Activation activation;
   [[no_unique_address]] NumberOf<D> number;
 
@@ -18,7 +18,7 @@ struct UpstreamGradient {
     dy = at(p.dy, p.dy_strides);
     x = at(p.x, p.x_strides);
     residual = at(p.residual, p.residual_strides);
-    if constexpr (kEnding == Ending::masked) mask = mask_place(p.mask, p.extent, outer, channel, begin);
+    if constexpr (kEnding == Ending::masked) mask = mask_place<D>(p.mask, p.extent, outer, channel, begin);
     activation = p.activation;
     if constexpr (kIsCurved<D>) number.value = p.activation_number;
   }
@@ -123,7 +123,7 @@ template <class D, Ending kEnding>
 void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupOuters& outers, Range units,
                      Range channels, int64_t next, bool in_runs, const Forwarded<D>& forwarded, double* sum_dz,
                      double* sum_dz_deviation) {
-  if constexpr (kHasLines<D> && kEnding != Ending::masked) {
+  if constexpr (kHasLines<D>) {
     if (const int64_t run = in_runs ? channels_reduced_as_run<D>(p.extent) : 0) {
       for (int64_t c = channels.first; c < channels.last; c += run)
         run_gradients<D, kEnding>(p, outers, units, {c, least(c + run, channels.last)}, next, forwarded, sum_dz,

@@ -11,6 +11,12 @@ void with_dtype(DType dtype, const F& f) {
   }
 }
 
+int64_t mask_bytes(DType dtype, const Extent& e) {
+  int64_t bytes = 0;
+  with_dtype(dtype, [&](auto d) { bytes = bytes_of_mask<decltype(d)>(e); });
+  return bytes;
+}
+
 void forward(const ForwardParams& p, const Executor& executor) {
   with_dtype(p.dtype, [&](auto d) { run(steps_of(Forward<decltype(d)>(p, executor)), executor); });
 }

@@ -163,6 +163,10 @@ constexpr int64_t kColumnBlock = column_block(sizeof(typename D::Compute));
 /// Elements of a plane that is so short that all planes side by side are walked as one row.
 constexpr int64_t kTinyPlane = 16;
 
+/// Elements of a plane that is so short that several may be walked as one run: eight lines.
+template <class D>
+constexpr int64_t kShortPlane = 8 * 64 / sizeof(typename D::Element);
+
 /// By how many bytes arrays are set apart that are read at the same place, lest whole pages between them put the same
 /// place of all into one set of the nearest cache.
 constexpr int64_t kCacheSkew = 320;

@@ -38,6 +38,7 @@ BN_INLINE void prefetch_away(const Element* place, int64_t away) {
 }
 
 /// What a map makes of one register.
+/// NB: no function may return it that is not inlined: GCC 12 clears the upper halves of AVX2's registers before it does.
 template <class D, int kCount>
 struct Results {
   Vec<D> values[kCount];
@@ -56,11 +57,10 @@ struct NormalizeParams {
   int64_t x_away, residual_away;  // to what is read soon: the next channels to be reduced; the next outer
 };
 
-/// x to y with coefficients center, scale, shift and, for F32, scale_rest.
-template <class D, Ending kEnding>
+/// x to y with coefficients center, scale, shift and, for F32, scale_rest. kWithin: as in mark().
+template <class D, Ending kEnding, bool kWithin = false>
 struct Normalize {
   static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
-  static constexpr bool kInRuns = kEnding != Ending::masked;  // each plane has a mask of its own
   static constexpr bool kMayLackOutput = false;
   using Element = typename D::Element;
   const NormalizeParams p;
@@ -77,29 +77,29 @@ struct Normalize {
   struct At {
     Element* out[1];
     const Element *x, *residual;
-    uint8_t* mask;
+    MarksAt mask;
   };
   At at(int64_t outer, int64_t channel) const {
     return {{place(static_cast<Element*>(p.y), p.y_strides, outer, channel)},
             place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
-            kEnding == Ending::masked ? mask_place(p.mask, extent, outer, channel, 0) : nullptr};
+            kEnding == Ending::masked ? mask_place<D>(p.mask, extent, outer, channel, 0) : MarksAt{}};
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   bool overwrites() const { return p.x == p.y; }
   static void skip(At& a, int64_t count) {
     a.x += count;
     if (a.residual) a.residual += count;
-    if constexpr (kEnding == Ending::masked) a.mask += count / 8;
+    if constexpr (kEnding == Ending::masked) a.mask.skip(count);
   }
   void next(At& a) const {
     advance(a.x, p.x_strides);
     advance(a.residual, p.residual_strides);
     advance(a.out[0], p.y_strides);
-    if constexpr (kEnding == Ending::masked) a.mask += mask_strides(extent).outer / 8;
+    if constexpr (kEnding == Ending::masked) a.mask.skip(mask_strides<D>(extent).outer);
   }
   template <class Count>
-  Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  __attribute__((always_inline)) Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     prefetch_away(a.x + i, p.x_away);
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
     Vec<D> z;
@@ -110,7 +110,7 @@ struct Normalize {
     if constexpr (kEnding == Ending::masked) {
       prefetch_away(a.residual + i, p.residual_away);
       z += load<D>(a.residual + i, count);
-      mark<D>(a.mask, i, z, count);
+      mark<D, kWithin>(a.mask, i, z, count);
       z = relu(z);
     }
     if constexpr (kEnding == Ending::general) {
@@ -130,7 +130,6 @@ struct Normalize {
 template <class D, Ending kEnding>
 struct NormalizeGradient {
   static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
-  static constexpr bool kInRuns = kEnding != Ending::masked;
   static constexpr bool kMayLackOutput = kEnding != Ending::none;
   using Element = typename D::Element;
   const BackwardParams& p;
@@ -162,18 +161,18 @@ struct NormalizeGradient {
     a.from.dy += count;
     a.from.x += count;
     if (a.from.residual) a.from.residual += count;
-    if constexpr (kEnding == Ending::masked) a.from.mask += count / 8;
+    if constexpr (kEnding == Ending::masked) a.from.mask.skip(count);
   }
   void next(At& a) const {
     advance(a.from.x, p.x_strides);
     advance(a.from.dy, p.dy_strides);
     advance(a.from.residual, p.residual_strides);
-    if constexpr (kEnding == Ending::masked) a.from.mask += mask_strides(p.extent).outer / 8;
+    if constexpr (kEnding == Ending::masked) a.from.mask.skip(mask_strides<D>(p.extent).outer);
     advance(a.out[0], p.dx_strides);
     if constexpr (kOutputs > 1) advance(a.out[1], p.dresidual_strides);
   }
   template <class Count>
-  Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  __attribute__((always_inline)) Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     prefetch_away(a.from.x + i, x_away);
     prefetch_away(a.from.dy + i, dy_away);
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;

@@ -1,5 +1,6 @@
 // One bit for each element that relu let through, so that backward need not read the residual again. In the order of
-// memory; each plane or row begins with a byte.
+// memory. Each outer begins with a byte, and so does each plane, but for short ones: those of several channels are one run
+// of bits, as they are walked.
 
 template <class P>
 struct IntegersOf {
@@ -40,77 +41,103 @@ BN_INLINE unsigned let_through(Vec<D> z) {
 #endif
 }
 
-/// Writes the first `lanes` bits as those of the elements from i on, after those before.
-template <class D>
-BN_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned bits, int lanes) {
-  uint8_t* const to = mask + uint64_t(i) / 8;
-  if constexpr (kLanes<D> >= 8)
-    for (int byte = 0; 8 * byte < lanes; ++byte) to[byte] = uint8_t(bits >> 8 * byte);
-  else
-    *to = uint8_t((uint64_t(i) % 8 ? *to : 0) | bits << uint64_t(i) % 8);
-}
-template <class D>
-BN_INLINE void mark(uint8_t* mask, int64_t i, Vec<D> z, All) {
-  put_bits<D>(mask, i, let_through<D>(z), kLanes<D>);
-}
-template <class D>
-BN_INLINE void mark(uint8_t* mask, int64_t i, Vec<D> z, int lanes) {
-  put_bits<D>(mask, i, let_through<D>(z) & ((1u << lanes) - 1), lanes);
-}
-template <class D>
-BN_INLINE void mark(uint8_t* mask, int64_t i, Vec<D> z, Last last) {
-  const int seen = kLanes<D> - last.lanes;
-  put_bits<D>(mask, i + seen, let_through<D>(z) >> seen, last.lanes);
+/// Where the bits of a run of adjacent elements begin: at that bit of the first byte.
+template <class Byte>
+struct BitsAt {
+  Byte* bytes;
+  int first;
+
+  void skip(int64_t bits) { bytes += bits / 8; }  // a multiple of 8
+};
+typedef BitsAt<uint8_t> MarksAt;
+typedef BitsAt<const uint8_t> MarkedAt;
+
+/// Writes `lanes` bits as those of the elements from i on, behind those before; the others of their last byte are zeros,
+/// into which the next can be put.
+BN_INLINE void put_bits(const MarksAt& at, int64_t i, unsigned bits, int lanes) {
+  const uint64_t from = uint64_t(at.first + i);
+  uint8_t* const to = at.bytes + from / 8;
+  const int before = int(from % 8);
+  if (before > 0) bits = bits << before | *to;
+  for (int byte = 0; 8 * byte < before + lanes; ++byte) to[byte] = uint8_t(bits >> 8 * byte);
 }
 
+/// Marks what z lets through. kWithin: bits may begin within a byte.
+template <class D, bool kWithin>
+BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, All) {
+  constexpr int kBytes = kLanes<D> / 8;
+  unsigned bits = let_through<D>(z);
+  if constexpr (kLanes<D> % 8 > 0) return put_bits(at, i, bits, kLanes<D>);
+  uint8_t* const to = at.bytes + uint64_t(i) / 8;
+  if (kWithin && at.first > 0) {
+    bits = bits << at.first | *to;
+    to[kBytes] = uint8_t(bits >> 8 * kBytes);
+  }
+  __builtin_memcpy(to, &bits, kBytes);
+}
+template <class D, bool kWithin>
+BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, int lanes) {
+  put_bits(at, i, let_through<D>(z) & ((1u << lanes) - 1), lanes);
+}
+template <class D, bool kWithin>
+BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, Last last) {
+  const int seen = kLanes<D> - last.lanes;
+  put_bits(at, i + seen, let_through<D>(z) >> seen, last.lanes);
+}
+
+/// v in the lanes whose bits are set, zero in the others.
 template <class D, int... kIndex>
 BN_INLINE Vec<D> keep_marked(Vec<D> v, unsigned bits, std::integer_sequence<int, kIndex...>) {
+#if defined(__x86_64__) && BN_VECTOR_BYTES == 64 && !defined(__clang__)
+  if constexpr (sizeof(typename D::Compute) == 4) return __builtin_ia32_movaps512_mask(v, Vec<D>{}, uint16_t(bits));
+#endif
   constexpr Integers<D> kLaneBits = {(1u << kIndex)...};
   return ((Integers<D>{} + bits) & kLaneBits) != 0 ? v : Vec<D>{};
 }
 
-/// The bits of `lanes` elements from i on.
-template <class D>
-BN_INLINE unsigned get_bits(const uint8_t* mask, int64_t i, int lanes) {
-  const int before = int(uint64_t(i) % 8);
-  unsigned bits = 0;
-  for (int byte = 0; 8 * byte < before + lanes; ++byte) bits |= unsigned(mask[uint64_t(i) / 8 + byte]) << 8 * byte;
-  return bits >> before;
-}
-template <class D>
-BN_INLINE unsigned get_bits(const uint8_t* mask, int64_t i, All) {
-  uint16_t both;
-  if constexpr (kLanes<D> < 16) return unsigned(mask[uint64_t(i) / 8]) >> uint64_t(i) % 8;
-  __builtin_memcpy(&both, mask + uint64_t(i) / 8, sizeof both);
-  return both;
-}
-template <class D>
-BN_INLINE unsigned get_bits(const uint8_t* mask, int64_t i, Last) {
-  return get_bits<D>(mask, i, kLanes<D>);
-}
+constexpr int64_t kSpareBytes = 3;  // behind a mask, so that the bits of a register may be read as one word
 
 /// v where the bits from that of element i on are set, else 0.
 template <class D, class Count>
-BN_INLINE Vec<D> keep_marked(Vec<D> v, const uint8_t* mask, int64_t i, Count count) {
-  return keep_marked<D>(v, get_bits<D>(mask, i, count), std::make_integer_sequence<int, kLanes<D>>{});
+BN_INLINE Vec<D> keep_marked(Vec<D> v, const MarkedAt& at, int64_t i, Count) {
+  const bool whole_bytes = std::is_same_v<Count, All> && kLanes<D> % 8 == 0;
+  const uint64_t from = uint64_t(whole_bytes ? i : at.first + i);
+  uint32_t bits;
+  __builtin_memcpy(&bits, at.bytes + from / 8, sizeof bits);
+  bits >>= whole_bytes ? at.first : from % 8;
+  return keep_marked<D>(v, bits, std::make_integer_sequence<int, kLanes<D>>{});
 }
 
 /// In bits.
+template <class D>
 BN_INLINE Strides mask_strides(const Extent& e) {
-  const int64_t plane = 8 * ceil_div(e.inner, 8);
-  return e.inner == 1 ? Strides{e.channels, 1} : Strides{e.channels * plane, plane};
+  const int64_t plane = e.inner <= kShortPlane<D> ? e.inner : 8 * ceil_div(e.inner, 8);
+  return {8 * ceil_div(e.channels * plane, 8), plane};
 }
 
-/// The mask's first byte of the elements from (outer, channel, begin) on.
-template <class Byte>
-BN_INLINE Byte* mask_place(Byte* mask, const Extent& e, int64_t outer, int64_t channel, int64_t begin) {
-  const Strides s = mask_strides(e);
-  return mask + uint64_t(outer * s.outer + channel * s.channel + begin) / 8;
+/// The mask's bits of the elements from (outer, channel, begin) on.
+template <class D, class Byte>
+BN_INLINE BitsAt<Byte> mask_place(Byte* mask, const Extent& e, int64_t outer, int64_t channel, int64_t begin) {
+  const Strides s = mask_strides<D>(e);
+  const uint64_t bit = uint64_t(outer * s.outer + channel * s.channel + begin);
+  return {mask + bit / 8, int(bit % 8)};
 }
 
-/// None for what would have to be walked in another way, because bytes would have to be shared: planes that are walked
-/// as rows, and rows, of a number of elements that is no multiple of 8.
-int64_t mask_bytes(const Extent& e) {
-  const bool shared = e.inner == 1 ? e.channels % 8 != 0 : e.inner % 8 != 0 && e.inner <= kTinyPlane;
-  return shared ? 0 : e.outer * mask_strides(e).outer / 8;
+/// How many channels, or a multiple of that, have bytes of their own, which one thread may write beside others.
+template <class D>
+BN_INLINE int64_t channels_of_whole_bytes(const uint8_t* mask, const Extent& e) {
+  return mask && mask_strides<D>(e).channel % 8 != 0 ? 8 : 1;
+}
+
+/// None for rows, and for what is walked as rows, of a number of elements that is no multiple of 8: several may be taken
+/// as one.
+template <class D>
+int64_t bytes_of_mask(const Extent& e) {
+  const bool shared = e.inner <= kTinyPlane && e.channels * e.inner % 8 != 0;
+  return shared ? 0 : e.outer * mask_strides<D>(e).outer / 8 + kSpareBytes;
+}
+
+template <class D>
+void clear_spare_bytes(uint8_t* mask, const Extent& e) {
+  if (mask) __builtin_memset(mask + e.outer * mask_strides<D>(e).outer / 8, 0, kSpareBytes);
 }

@@ -58,8 +58,10 @@ void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typ
   };
   if (p.activation == Activation::none && !p.residual)
     map(Normalize<D, Ending::none>{n, p.extent});
-  else if (p.mask)
+  else if (p.mask && channels_of_whole_bytes<D>(p.mask, p.extent) == 1)
     map(Normalize<D, Ending::masked>{n, p.extent});
+  else if (p.mask)
+    map(Normalize<D, Ending::masked, true>{n, p.extent});
   else if (is_curved(p.activation))
     map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, Writing::cached,
                             in_runs, p.extent, coefficients, outers, columns);
@@ -74,18 +76,20 @@ struct Forward {
   const ForwardParams& given;
   const Folding folding;
   const ForwardParams p;  // folded
-  const int64_t run;
+  const int64_t run, together;
   Workspace<typename D::Compute> work;
   const Writing writing;
   const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
       : given(params), folding(folding_of_all(params)), p(folded_map(params, folding)), run(run_of_all<D>(p)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        together(channels_of_whole_bytes<D>(p.mask, p.extent)), work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
+    clear_spare_bytes<D>(p.mask, p.extent);
   }
+  bool map_reads_more() const { return p.residual; }
   void prepare(Range) const {}
   void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     const Part part(work, group, slice);
@@ -104,7 +108,7 @@ struct Forward {
 template <class D>
 struct Backward {
   typedef D Type;
-  static constexpr int64_t kInputs = 2;
+  static constexpr int64_t kInputs = 2, together = 1;
   const BackwardParams& given;
   const Folding folding;
   const BackwardParams p;  // folded
@@ -113,7 +117,7 @@ struct Backward {
   const Writing writing;
 
   Backward(const BackwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)), run(p.mask ? 0 : run_of_all<D>(p)),
+      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)), run(run_of_all<D>(p)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>), writing(way_of_both(executor)) {}
 
   Writing way_of_both(const Executor& executor) const {
@@ -132,6 +136,7 @@ struct Backward {
     p.extent = folded(p.extent, f);
     return p;
   }
+  bool map_reads_more() const { return false; }
   void prepare(Range channels) const { prepare_gradients(given, work, channels); }
   void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     if (p.activation == Activation::none)
@@ -178,15 +183,18 @@ struct Inference {
   static constexpr int64_t kInputs = 1, run = 0;
   const Folding folding;
   const InferenceParams p;  // folded
+  const int64_t together;
   Workspace<typename D::Compute> work;
   const Writing writing;
 
   Inference(const InferenceParams& params, const Executor& executor)
       : folding(folding_of_all(params)), p(folded_map(params, folding)),
-        work(p.workspace, p.extent, folding, kColumnBlock<D>),
+        together(channels_of_whole_bytes<D>(p.mask, p.extent)), work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)) {
     prepare_inference(params, work);
+    clear_spare_bytes<D>(p.mask, p.extent);
   }
+  bool map_reads_more() const { return p.residual; }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range, int64_t) const {}
   void finish(Range) const {}

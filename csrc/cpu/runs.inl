@@ -10,8 +10,8 @@ constexpr int64_t kSlack = kLanes<F32>;                   // what is spread may 
 /// How many channels begin a run, so that it is whole lines: a power of two. 0 where planes are walked one by one.
 template <class D>
 int64_t channels_of_run(const Extent& e) {
-  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kShort = 8 * kLine, kFewestPlanes = 4;
-  if (!kHasLines<D> || e.inner == 1 || e.inner > kShort || e.outer < kFewestPlanes * e.groups) return 0;
+  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kFewestPlanes = 4;
+  if (!kHasLines<D> || e.inner == 1 || e.inner > kShortPlane<D> || e.outer < kFewestPlanes * e.groups) return 0;
   int64_t channels = 1;
   while (channels * e.inner % kLine != 0) channels *= 2;
   return channels * e.inner <= kMappedRun ? channels : 0;
@@ -30,7 +30,7 @@ BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64
 template <class D>
 int64_t channels_reduced_as_run(const Extent& e) {
   const bool shorter = e.inner > kTinyPlane && e.inner <= 4 * kLanes<D>;
-  return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner : 0;
+  return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner / 8 * 8 : 0;
 }
 
 /// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks

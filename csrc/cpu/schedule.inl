@@ -9,6 +9,8 @@ struct Steps {
   Folding folding;
   Partition cut;
   int64_t inputs, element_bytes, column_block, run;
+  int64_t together;     // channels that no two threads may map: they share bytes of a mask
+  bool map_reads_more;  // than the reduction
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns, int64_t next);  // planes: groups in turn
   void (*finish)(const void* self, Range channels);
@@ -19,7 +21,7 @@ template <class Pass>
 Steps steps_of(const Pass& pass) {
   using D = typename Pass::Type;
   return {&pass, pass.p.extent, pass.folding, pass.work.cut, Pass::kInputs,
-          sizeof(typename D::Element), kColumnBlock<D>, pass.run,
+          sizeof(typename D::Element), kColumnBlock<D>, pass.run, pass.together, pass.map_reads_more(),
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
           [](const void* self, int64_t group, int64_t slice, Range columns, int64_t next) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns, next);
@@ -35,7 +37,8 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   constexpr int64_t kTile = 1 << 15, kRows = 32, kWidest = 8192;
   const Extent& e = steps.extent;
   const bool rows = e.inner == 1;
-  const int64_t width = least(e.channels, rows ? kWidest : ceil_div(kTile, e.inner));
+  const int64_t planes = ceil_div(ceil_div(kTile, e.inner), steps.together) * steps.together;
+  const int64_t width = least(e.channels, rows ? kWidest : planes);
   const int64_t across = ceil_div(e.channels, width);
   const int64_t run = e.groups == 1 ? e.outer : e.outer_per_example;  // outers of one group, one after another
   const int64_t height = rows ? least(run, most(kRows, kTile / width)) : 1, down = ceil_div(run, height);
@@ -97,9 +100,10 @@ void run_steps(const Steps& steps, const Executor& executor) {
                  }
                });
   over_channels(steps.finish);
-  // What fills the last-level cache is mapped from the end, which the reduction has surely left there.
+  // What fills the last-level cache is mapped from the end, which the reduction has surely left there; where the map reads
+  // something new beside it, which is quickest in order, only what the cache cannot hold.
   const int64_t bytes = steps.inputs * e.outer * e.channels * e.inner * steps.element_bytes;
-  run_map(steps, executor, bytes > executor.cache_bytes / 4 * 3);
+  run_map(steps, executor, bytes > (steps.map_reads_more ? executor.cache_bytes : executor.cache_bytes / 4 * 3));
 }
 
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
@@ -111,7 +115,7 @@ int64_t channels_at_once(const Steps& steps, int threads) {
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
   const int64_t fitting = many ? least(kMany, kCacheBytes / (bytes * steps.inputs)) : least(kPlanes, kCacheBytes / bytes);
-  return power_of_two(least(most(fitting, steps.run), shared));
+  return most(power_of_two(least(most(fitting, steps.run), shared)), steps.together);
 }
 
 /// Chooses between the two: blocks of channels where their planes are long runs of memory and there are enough of them

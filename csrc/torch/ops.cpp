@@ -37,7 +37,7 @@ Executor host_threads() {
 
 const Backend cpu_backend{
     [](DType dtype, const Extent& extent, c10::Device) { return cpu::selected().workspace(dtype, extent); },
-    [](DType, const Extent& extent) { return MaskShape{cpu::selected().mask_bytes(extent), 1}; },
+    [](DType dtype, const Extent& extent) { return MaskShape{cpu::selected().mask_bytes(dtype, extent), 1}; },
     [](const ForwardParams& p, c10::Device) { cpu::selected().forward(p, host_threads()); },
     [](const InferenceParams& p, c10::Device) { cpu::selected().inference(p, host_threads()); },
     [](const BackwardParams& p, c10::Device) { cpu::selected().backward(p, host_threads()); },
