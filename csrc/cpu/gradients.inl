@@ -43,13 +43,12 @@ struct Forwarded {
   const typename D::Compute *center, *scale, *shift;  // [columns]
 };
 
-/// The sums over the units [first, last) of at most kPlanes channels; next as for the moments.
+/// The sums over the units [first, last) of at most kPlanes channels.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, const Partition& cut,
                                                     const GroupOuters& outers, Range units, Range channels, Range all,
-                                                    int64_t next, const Forwarded<D>& forwarded,
+                                                    const Forwarded<D>& forwarded,
                                                     double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
-  const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
   WideSums<D> wide[kPlanes];
   for (int64_t c = channels.first; c < channels.last; ++c) wide[c - channels.first].clear();
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
@@ -68,10 +67,7 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
           s1 += keep<D>(dz, count);
           s2 += keep<D>(dz * deviation, count);
         };
-        sums.add(s.count, add, [&](int64_t i) {
-          prefetch_ahead(from.x + i + x_away);
-          prefetch_ahead(from.dy + i + dy_away);
-        });
+        sums.add(s.count, add, [](int64_t) {});
       }
       wide[c - channels.first].add(sums);
     }
@@ -81,7 +77,7 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
   }
 }
 
-/// The same of one run of channels, over whole planes.
+/// The same of one run of channels, over whole planes; next as for the moments.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void run_gradients(const BackwardParams& p, const GroupOuters& outers, Range planes,
                                             Range channels, int64_t next, const Forwarded<D>& forwarded,
@@ -98,9 +94,9 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
     spread<Parameter<D>>(forwarded.shift + c, width, inner, shift);
   }
   for (int64_t i = 0; i < width; ++i) wide[i].clear();
-  const auto fetch = [&](const auto& row, int64_t i) {
-    prefetch_ahead(row.x + i + x_away);
-    prefetch_ahead(row.dy + i + dy_away);
+  const auto fetch = [&](const auto& row, int64_t i) BN_FETCHES {
+    if constexpr (kNarrowing<D> > 1) return;  // conversions leave no time for it
+    prefetch_ahead(row.x + i + x_away), prefetch_ahead(row.dy + i + dy_away);
   };
   const auto add = [&](const auto& row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
     const auto at = [&](const auto* run) { return load<Parameter<D>>(run + i, lanes); };
@@ -132,8 +128,8 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
     }
   }
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
-    plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, next,
-                                     forwarded, sum_dz, sum_dz_deviation);
+    plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
+                                      sum_dz, sum_dz_deviation);
 }
 
 /// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments

@@ -231,6 +231,9 @@ BN_INLINE const typename D::Element* place_of(const void* data, const Strides& s
 
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
+/// NB: GCC drops a call that does nothing but prefetch, unless it is inlined before it looks.
+#define BN_FETCHES __attribute__((always_inline))
+
 /// Asks for what is going to be read next.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place); }
 
