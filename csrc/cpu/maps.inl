@@ -219,7 +219,7 @@ BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int6
         if constexpr (kNarrowing<D> == 1)
           put<D, kStreamed>(at[row].out[o] + i, low.values[o]);
         else
-          put<D, kStreamed>(at[row].out[o] + i, joined(D::narrow(low.values[o]), D::narrow(high.values[o])));
+          put<D, kStreamed>(at[row].out[o] + i, D::narrow(low.values[o], high.values[o]));
       }
     }
   }

@@ -11,14 +11,22 @@ typedef VectorOf<uint32_t, BN_VECTOR_BYTES>::type Bits;
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES / 2>::type HalfBits;
 typedef VectorOf<float, BN_VECTOR_BYTES>::type Floats;
 
-/// The high halves of 32-bit lanes, and 32-bit lanes of high halves over zeros: one shuffle, where compilers make
-/// several of conversions and shifts. SSE2 has no such shuffle.
-#if BN_VECTOR_BYTES > 16
 typedef VectorOf<uint16_t, BN_VECTOR_BYTES>::type BothHalves;
 
 template <int... kIndex>
-BN_INLINE HalfBits high_halves(BothHalves v, std::integer_sequence<int, kIndex...>) {
-  return __builtin_shufflevector(v, v, (2 * kIndex + 1)...);
+BN_INLINE BothHalves joined(HalfBits low, HalfBits high, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(low, high, kIndex...);
+}
+BN_INLINE BothHalves joined(HalfBits low, HalfBits high) {
+  return joined(low, high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
+}
+
+/// The high halves of 32-bit lanes, of one register or two, and 32-bit lanes of high halves over zeros: one shuffle, where
+/// compilers make several of conversions and shifts. SSE2 has no such shuffle.
+#if BN_VECTOR_BYTES > 16
+template <int... kIndex>
+BN_INLINE auto high_halves(BothHalves low, BothHalves high, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(low, high, (2 * kIndex + 1)...);
 }
 template <int... kIndex>
 BN_INLINE BothHalves as_high_halves(HalfBits h, std::integer_sequence<int, kIndex...>) {
@@ -26,13 +34,17 @@ BN_INLINE BothHalves as_high_halves(HalfBits h, std::integer_sequence<int, kInde
   return __builtin_shufflevector(h, HalfBits{}, (kIndex % 2 ? kIndex / 2 : kZero)...);
 }
 BN_INLINE HalfBits high_halves(Bits v) {
-  return high_halves((BothHalves)v, std::make_integer_sequence<int, BN_VECTOR_BYTES / 4>{});
+  return high_halves((BothHalves)v, (BothHalves)v, std::make_integer_sequence<int, BN_VECTOR_BYTES / 4>{});
+}
+BN_INLINE BothHalves high_halves(Bits low, Bits high) {
+  return high_halves((BothHalves)low, (BothHalves)high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
 }
 BN_INLINE Bits as_high_halves(HalfBits h) {
   return (Bits)as_high_halves(h, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
 }
 #else
 BN_INLINE HalfBits high_halves(Bits v) { return __builtin_convertvector(v >> 16, HalfBits); }
+BN_INLINE BothHalves high_halves(Bits low, Bits high) { return joined(high_halves(low), high_halves(high)); }
 BN_INLINE Bits as_high_halves(HalfBits h) { return __builtin_convertvector(h, Bits) << 16; }
 #endif
 
@@ -66,10 +78,14 @@ struct BF16 {
   typedef float Compute;
   typedef HalfBits Stored;
   BN_INLINE Floats widen(HalfBits h) { return (Floats)as_high_halves(h); }
-  /// Rounds to nearest even; NaN stays NaN.
-  BN_INLINE HalfBits narrow(Floats v) {
+  BN_INLINE HalfBits narrow(Floats v) { return high_halves(rounded(v)); }
+  BN_INLINE BothHalves narrow(Floats low, Floats high) { return high_halves(rounded(low), rounded(high)); }
+
+ private:
+  /// To nearest even, in the high halves; NaN stays NaN.
+  BN_INLINE Bits rounded(Floats v) {
     const Bits bits = (Bits)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return high_halves(v == v ? rounded : bits | 0x400000);
+    return v == v ? rounded : bits | 0x400000;
   }
 };
 
@@ -97,6 +113,7 @@ struct F16 {
     const Bits finite = magnitude < (113u << 23) ? subnormal : normal;
     return __builtin_convertvector((magnitude >= (143u << 23) ? special : finite) | (sign >> 16), HalfBits);
   }
+  BN_INLINE BothHalves narrow(Floats low, Floats high) { return joined(narrow(low), narrow(high)); }
 };
 
 template <class D>
@@ -172,14 +189,6 @@ template <class D>
 constexpr int kNarrowing = sizeof(typename D::Compute) / sizeof(typename D::Element);
 template <class D>
 using Whole = typename VectorOf<typename D::Element, BN_VECTOR_BYTES>::type;
-
-template <int... kIndex>
-BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high, std::integer_sequence<int, kIndex...>) {
-  return __builtin_shufflevector(low, high, kIndex...);
-}
-BN_INLINE Whole<BF16> joined(HalfBits low, HalfBits high) {
-  return joined(low, high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
-}
 
 /// Whether there are loops for large outputs and for short planes, where registers are whole lines.
 template <class D>
