@@ -1,6 +1,5 @@
 // What the .inl files need; they include nothing, because they stand inside a target region.
 #pragma once
-#include <type_traits>
 #include <utility>
 
 #include "../kernels.h"

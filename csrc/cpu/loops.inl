@@ -16,6 +16,10 @@ void parallel_for(const Executor& executor, int64_t count, int64_t grain, const 
 
 /// A register's worth of lanes, where the number of lanes is otherwise given.
 struct All {};
+template <class Count>
+constexpr bool kIsAll = false;
+template <>
+constexpr bool kIsAll<All> = true;
 template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { return load<D>(p); }
 template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
 template <class D> BN_INLINE void add_in_double(double* sums, Vec<D> v, All) { add_in_double<D>(sums, v); }

@@ -100,7 +100,7 @@ constexpr int64_t kSpareBytes = 3;  // behind a mask, so that the bits of a regi
 /// v where the bits from that of element i on are set, else 0.
 template <class D, class Count>
 BN_INLINE Vec<D> keep_marked(Vec<D> v, const MarkedAt& at, int64_t i, Count) {
-  const bool whole_bytes = std::is_same_v<Count, All> && kLanes<D> % 8 == 0;
+  const bool whole_bytes = kIsAll<Count> && kLanes<D> % 8 == 0;
   const uint64_t from = uint64_t(whole_bytes ? i : at.first + i);
   uint32_t bits;
   __builtin_memcpy(&bits, at.bytes + from / 8, sizeof bits);
