@@ -20,6 +20,7 @@ CXX_FLAGS = [
     # NB: not -ffast-math. These two change no value: nobody reads errno or the floating point flags.
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-wrapv",  # Python's own flags may ask for signed integers that wrap, with which GCC makes slower loops
     "-ffp-contract=fast",  # one rounding in place of two where the machine has fused multiply-add
     "-std=c++20",
     # Without OpenMP at::parallel_for is silently serial. Apple's clang hides the flag behind -Xclang; omp.h and the
