@@ -5,7 +5,8 @@
 template <class D>
 class Gathered {
   using Element = typename D::Element;
-  static constexpr int64_t kLine = 64 / sizeof(Element), kRoom = 3072 / sizeof(Element);
+  static constexpr int64_t kLine = 64 / sizeof(Element), kRegister = sizeof(Whole<D>) / sizeof(Element);
+  static constexpr int64_t kRoom = 3072 / sizeof(Element);
 
  public:
   static constexpr int64_t kMost = kRoom / 2;
@@ -33,11 +34,13 @@ class Gathered {
   void write_lines() {
     int64_t i = 0;
     if (first_ > 0 && end_ >= kLine) write_part(i = kLine);
-    for (; i + kLine <= end_; i += kLine) {
-      Whole<D> line;
-      __builtin_memcpy(&line, lines_ + i, sizeof line);
-      stream<D>(to_ + i, line);
-    }
+    for (; i + kLine <= end_; i += kLine)
+#pragma GCC unroll 2
+      for (int64_t k = i; k < i + kLine; k += kRegister) {
+        Whole<D> part;
+        __builtin_memcpy(&part, lines_ + k, sizeof part);
+        stream<D>(to_ + k, part);
+      }
     for (int64_t k = 0; k < kLine; ++k) lines_[k] = lines_[i + k];
     to_ += i;
     end_ -= i;

@@ -299,13 +299,15 @@ __attribute__((flatten)) void map_row_run(const Map map, const typename Map::At 
 }
 
 /// Applies a map to columns of the rows: one after another, as memory is quickest to read, where the coefficients stay
-/// in the nearest cache, else several side by side, so that each coefficient is read less often.
+/// in the nearest cache, else several side by side, so that each coefficient is read less often. Not past the caches
+/// where a line is several registers: half-written lines of several rows would go to memory one by one.
 template <class D, bool kStreamed, class Map>
 void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Compute>& coefficients, Range outers,
               Range columns) {
   constexpr int kRows = 4, kNarrow = 6144 / sizeof(typename D::Compute);
   const int64_t width = columns.last - columns.first;
-  const bool side_by_side = e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
+  constexpr bool kOneByOne = kStreamed && kRegistersOfLine > 1;
+  const bool side_by_side = !kOneByOne && e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
     const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
     const int64_t first = group_of(e, outer) * coefficients.columns + columns.first;

@@ -1,6 +1,6 @@
 // Short planes, as those of 7x7: each alone would end within a register and cost more steps than arithmetic, so those of
 // several adjacent channels are walked as one run of memory, in which each element has its channel's coefficients. Only
-// where a register is a line, and over several planes of a channel, which coefficients spread once serve.
+// over several planes of a channel, which coefficients spread once serve.
 
 constexpr int64_t kMappedRun = 2048, kReducedRun = 1024;  // elements at most: their coefficients stay in the nearest cache
 constexpr int64_t kRunRows = 16;                          // are summed in the compute type
@@ -29,7 +29,8 @@ BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64
 /// How many channels are reduced as one run, 0 where planes are: longer ones lose little by their ends.
 template <class D>
 int64_t channels_reduced_as_run(const Extent& e) {
-  const bool shorter = e.inner > kTinyPlane && e.inner <= 4 * kLanes<D>;
+  constexpr int64_t kLongest = 64;
+  const bool shorter = e.inner > kTinyPlane && e.inner <= kLongest;
   return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner / 8 * 8 : 0;
 }
 

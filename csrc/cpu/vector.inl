@@ -190,9 +190,10 @@ constexpr int kNarrowing = sizeof(typename D::Compute) / sizeof(typename D::Elem
 template <class D>
 using Whole = typename VectorOf<typename D::Element, BN_VECTOR_BYTES>::type;
 
-/// Whether there are loops for large outputs and for short planes, where registers are whole lines.
+/// Whether there are loops for large outputs and for short planes, where registers are whole lines or halves of them.
 template <class D>
-constexpr bool kHasLines = D::kTrained && BN_VECTOR_BYTES == 64;
+constexpr bool kHasLines = D::kTrained && BN_VECTOR_BYTES >= 32;
+constexpr int kRegistersOfLine = 64 / BN_VECTOR_BYTES;
 
 /// A whole register past the caches, to an address that is a multiple of its size. The store may be seen late:
 /// end_streaming() orders it before what follows.
@@ -203,6 +204,9 @@ BN_INLINE void stream(typename D::Element* p, Whole<D> elements) {
 #elif defined(__x86_64__) && BN_VECTOR_BYTES == 64
   typedef typename VectorOf<long long, BN_VECTOR_BYTES>::type Words;
   __builtin_ia32_movntdq512(reinterpret_cast<Words*>(p), (Words)elements);
+#elif defined(__x86_64__) && BN_VECTOR_BYTES == 32
+  typedef typename VectorOf<long long, BN_VECTOR_BYTES>::type Words;
+  __builtin_ia32_movntdq256(reinterpret_cast<Words*>(p), (Words)elements);
 #else
   __builtin_memcpy(p, &elements, sizeof elements);
 #endif
