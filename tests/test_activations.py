@@ -116,6 +116,27 @@ def test_half_types_are_rounded_once(dtype, activation):
         assert bool(((actual - expected).abs() <= 0.501 * unit + 3e-7).all())
 
 
+@pytest.mark.kernels
+@each_activation
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_every_nan_stays_nan(layout, activation):
+    """Whatever bits a NaN of an element, of a gradient or of a coefficient has: rounding to bfloat16 drops the lower."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    nans = every[every.isnan()]
+    x = LAYOUTS[layout](nans[torch.arange(9 * 24 * 7 * 7) % len(nans)].reshape(9, 24, 7, 7))
+    numbers = torch.rand_like(x)
+    layer = torch_bn.BatchNorm2d(24, activation=activation, fused=True).eval()
+    assert layer(x).isnan().all() and layer(numbers, x).isnan().all()
+    numbers.requires_grad_()
+    assert torch.autograd.grad(layer(numbers), numbers, x)[0].isnan().all()
+    fullest = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32).repeat(12)
+    for coefficient in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+        kept = coefficient.detach().clone()
+        coefficient.data.copy_(fullest)
+        assert layer(numbers).isnan().all()
+        coefficient.data.copy_(kept)
+
+
 @both_paths
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @in_both_modes

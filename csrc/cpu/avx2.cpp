@@ -9,6 +9,7 @@ namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"
 #include "activations.inl"
+#include "registers.inl"
 #include "loops.inl"
 #include "mask.inl"
 #include "runs.inl"

@@ -64,14 +64,16 @@ struct Workspace {
   int64_t first_column(int64_t group, int64_t channel) const {
     return group * extent.channels + channel * folding.repeat;
   }
-  /// Sets a coefficient of some channels, in all their columns.
-  void set(int row, int64_t group, Range channels, const T* values) const {
-    T* at = coefficients.row(row) + first_column(group, channels.first);
-    const int64_t n = channels.last - channels.first;
-    if (folding.repeat == 1)
-      for (int64_t i = 0; i < folding.fold; ++i) __builtin_memcpy(at + i * folding.channels, values, n * sizeof(T));
+  /// Sets a coefficient of some channels, in all their columns. NaN without its payload, which BF16 could not round.
+  void set(int row, int64_t group, Range channels, const T* __restrict values) const {
+    T* __restrict at = coefficients.row(row) + first_column(group, channels.first);
+    const int64_t n = channels.last - channels.first, repeat = folding.repeat;
+    const auto without_payload = [=](int64_t c) { return values[c] == values[c] ? values[c] : T(__builtin_nan("")); };
+    if (repeat == 1)
+      for (int64_t i = 0; i < folding.fold; ++i)
+        for (int64_t c = 0; c < n; ++c) at[i * folding.channels + c] = without_payload(c);
     else
       for (int64_t c = 0; c < n; ++c)
-        for (int64_t i = 0; i < folding.repeat; ++i) *at++ = values[c];
+        for (int64_t i = 0; i < repeat; ++i) at[c * repeat + i] = without_payload(c);
   }
 };

@@ -88,10 +88,10 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
   typename D::Compute center[kReducedRun + kSlack], scale[kForwarded ? kReducedRun + kSlack : 1],
       shift[kForwarded ? kReducedRun + kSlack : 1];
   WideSums<Parameter<D>> wide[kRunChannels];
-  spread<Parameter<D>>(forwarded.center + c, width, inner, center);
+  spread_to_reduce<D>(forwarded.center + c, width, inner, center);
   if constexpr (kForwarded) {
-    spread<Parameter<D>>(forwarded.scale + c, width, inner, scale);
-    spread<Parameter<D>>(forwarded.shift + c, width, inner, shift);
+    spread_to_reduce<D>(forwarded.scale + c, width, inner, scale);
+    spread_to_reduce<D>(forwarded.shift + c, width, inner, shift);
   }
   for (int64_t i = 0; i < width; ++i) wide[i].clear();
   const auto fetch = [&](const auto& row, int64_t i) BN_FETCHES {
@@ -144,8 +144,8 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   for (int64_t r = rows.first; r < rows.last; ++r) {
     const UpstreamGradient<D, kEnding> row(p, outers[r], column, 0);
-    each_register<D>(0, width, [&](int64_t c, auto count) {
-      prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
+    each_pair<D>(width, [&](int64_t c, auto count) {
+      if (!kIsSecond<decltype(count)>) prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
       const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
       Vec<D> scale = {}, shift = {};
       if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
@@ -156,6 +156,25 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   }
 }
 
+/// The same of some columns, as pairs of their elements are read.
+template <class D, Ending kEnding>
+struct ArrangedForwarded {
+  typename D::Compute memory[D::kAlternates ? (kEnding == Ending::general ? 3 : 1) : 0][kSkewedBlock<D>];
+  Forwarded<D> here;
+
+  ArrangedForwarded(const Forwarded<D>& all, int64_t column, int64_t width)
+      : here{all.center + column, all.scale + column, all.shift + column} {
+    int used = 0;
+    if constexpr (D::kAlternates)
+      for (auto** values : {&here.center, &here.scale, &here.shift})
+        if (used < int(sizeof memory / sizeof *memory)) {
+          __builtin_memcpy(memory[used], *values, width * sizeof **memory);
+          arrange<D>(memory[used], in_pairs<D>(width));
+          *values = memory[used++];
+        }
+  }
+};
+
 /// The sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
 template <class D, Ending kEnding>
 void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
@@ -163,9 +182,10 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
   typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
   const int64_t c = columns.first, width = columns.last - c;
   for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;
+  const ArrangedForwarded<D, kEnding> arranged(forwarded, c, width);
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
-    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width,
-                                 {forwarded.center + c, forwarded.scale + c, forwarded.shift + c}, first, second);
+    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width, arranged.here, first, second);
+    put_in_order<D>(first, in_pairs<D>(width)), put_in_order<D>(second, in_pairs<D>(width));
     for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
     for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);
   }

@@ -14,44 +14,6 @@ void parallel_for(const Executor& executor, int64_t count, int64_t grain, const 
       const_cast<Body*>(&body));
 }
 
-/// A register's worth of lanes, where the number of lanes is otherwise given.
-struct All {};
-template <class Count>
-constexpr bool kIsAll = false;
-template <>
-constexpr bool kIsAll<All> = true;
-template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { return load<D>(p); }
-template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
-template <class D> BN_INLINE void add_in_double(double* sums, Vec<D> v, All) { add_in_double<D>(sums, v); }
-template <class D> BN_INLINE Vec<D> keep(Vec<D> v, All) { return v; }
-
-/// A whole register of which only the last lanes have not been seen before.
-struct Last {
-  int lanes;
-};
-template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, Last) { return load<D>(p); }
-template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, Last) { store<D>(p, v); }
-template <class D> BN_INLINE Vec<D> keep(Vec<D> v, Last last) {
-  for (int i = 0; i < kLanes<D>; ++i) v[i] = i >= kLanes<D> - last.lanes ? v[i] : 0;
-  return v;
-}
-
-/// Calls f(i, count) on every register of the adjacent elements from i to n: whole ones, then the rest.
-template <class D, class F>
-BN_INLINE void each_register(int64_t i, int64_t n, const F& f) {
-  for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
-  if (i < n) f(i, int(n - i));
-}
-
-/// The same, where the rest may reach back over elements already seen, which is quicker than a part of a
-/// register: f gives the same result for them again, or keeps them out of its sums.
-template <class D, class F>
-BN_INLINE void each_register_overlapping(int64_t i, int64_t n, const F& f) {
-  for (; i + kLanes<D> <= n; i += kLanes<D>) f(i, All{});
-  if (i == n) return;
-  n < kLanes<D> ? f(i, int(n - i)) : f(n - kLanes<D>, Last{int(n - i)});
-}
-
 /// What comes after the normalisation, as far as the loops differ: nothing; anything, of which backward finds the
 /// derivative again; or a residual and then relu, of which a mask is kept.
 enum class Ending { none, general, masked };
@@ -69,10 +31,10 @@ struct Sums {
     for (; i + 4 * L <= n; i += 4 * L) {
 #pragma GCC unroll 4
       for (int64_t k = 0; k < 4 * L; k += kLine) visit(i + k);
-      f(i, All{}, first[0], second[0]);
-      f(i + L, All{}, first[1], second[1]);
-      f(i + 2 * L, All{}, first[2], second[2]);
-      f(i + 3 * L, All{}, first[3], second[3]);
+      f(i, First{}, first[0], second[0]);
+      f(i, Second{}, first[1], second[1]);
+      f(i + 2 * L, First{}, first[2], second[2]);
+      f(i + 2 * L, Second{}, first[3], second[3]);
     }
     for (int64_t k = i; k < n; k += kLine) visit(k);
     const int64_t whole = (n - i) / L;
@@ -235,8 +197,10 @@ BN_INLINE const typename D::Element* place_of(const void* data, const Strides& s
 
 constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone would wait for each of its own results
 
+#define BN_INLINED __attribute__((always_inline))
+
 /// NB: GCC drops a call that does nothing but prefetch, unless it is inlined before it looks.
-#define BN_FETCHES __attribute__((always_inline))
+#define BN_FETCHES BN_INLINED
 
 /// Asks for what is going to be read next.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place); }

@@ -31,10 +31,10 @@ Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool 
   return planes && e.inner * kBytes >= kLine ? Writing::gathered : Writing::cached;
 }
 
-/// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading.
-template <class Element>
-BN_INLINE void prefetch_away(const Element* place, int64_t away) {
-  if (away) prefetch_ahead(place + away);
+/// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading. Once for a pair.
+template <class Element, class Count>
+BN_INLINE void prefetch_away(const Element* place, int64_t away, Count) {
+  if (!kIsSecond<Count> && away) prefetch_ahead(place + away);
 }
 
 /// What a map makes of one register.
@@ -61,7 +61,7 @@ struct NormalizeParams {
 template <class D, Ending kEnding, bool kWithin = false>
 struct Normalize {
   static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
-  static constexpr bool kMayLackOutput = false;
+  static constexpr bool kMayLackOutput = false, kInOrder = kEnding == Ending::masked;  // as the bits it writes
   using Element = typename D::Element;
   const NormalizeParams p;
   const Extent& extent;
@@ -100,7 +100,7 @@ struct Normalize {
   }
   template <class Count>
   __attribute__((always_inline)) Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
-    prefetch_away(a.x + i, p.x_away);
+    prefetch_away(a.x + i, p.x_away, count);
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
     Vec<D> z;
     if constexpr (D::kWithRest)
@@ -108,14 +108,14 @@ struct Normalize {
     else
       z = deviation * k.scale + k.shift;
     if constexpr (kEnding == Ending::masked) {
-      prefetch_away(a.residual + i, p.residual_away);
+      prefetch_away(a.residual + i, p.residual_away, count);
       z += load<D>(a.residual + i, count);
       mark<D, kWithin>(a.mask, i, z, count);
       z = relu(z);
     }
     if constexpr (kEnding == Ending::general) {
       if (a.residual) {
-        prefetch_away(a.residual + i, p.residual_away);
+        prefetch_away(a.residual + i, p.residual_away, count);
         z += load<D>(a.residual + i, count);
       }
       if constexpr (kIsCurved<D>)
@@ -130,7 +130,7 @@ struct Normalize {
 template <class D, Ending kEnding>
 struct NormalizeGradient {
   static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
-  static constexpr bool kMayLackOutput = kEnding != Ending::none;
+  static constexpr bool kMayLackOutput = kEnding != Ending::none, kInOrder = false;
   using Element = typename D::Element;
   const BackwardParams& p;
   const int64_t x_away, dy_away;  // as in Normalize
@@ -173,8 +173,8 @@ struct NormalizeGradient {
   }
   template <class Count>
   __attribute__((always_inline)) Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
-    prefetch_away(a.from.x + i, x_away);
-    prefetch_away(a.from.dy + i, dy_away);
+    prefetch_away(a.from.x + i, x_away, count);
+    prefetch_away(a.from.dy + i, dy_away, count);
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
     const Vec<D> dz = a.from.dz(i, count, deviation, k.forward_scale, k.forward_shift);
     const Vec<D> dx = dz * k.slope + (deviation * k.bend + k.shift);
@@ -201,28 +201,30 @@ BN_INLINE void put(typename D::Element* to, Whole<D> elements) {
     __builtin_memcpy(to, &elements, sizeof elements);
 }
 
-/// Applies a map to n adjacent elements at kRows places side by side; channel_at(i, count) gives the coefficients of a
-/// register.
+/// Applies a map to n adjacent elements at kRows places side by side, as far as `two` two registers at once; channel_at(i,
+/// count) gives the coefficients of a register. kInPairs: those of two are arranged for pairs.
 /// NB: what is passed by reference must be the caller's own copy, so that no store can be taken to change it.
-template <class D, int kRows, bool kStreamed, class Map, class ChannelAt>
-BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int64_t n, const ChannelAt& channel_at) {
-  constexpr int64_t L = kLanes<D>, kStep = kNarrowing<D> * L;
+template <class D, int kRows, bool kStreamed, bool kInPairs, class Map, class ChannelAt>
+BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int64_t n, int64_t two,
+                       const ChannelAt& channel_at) {
+  constexpr int64_t L = kLanes<D>;
+  constexpr bool kSingle = kNarrowing<D> == 1;
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    const auto &k = channel_at(i, All{}), &next = channel_at(i + kStep - L, All{});
+  const auto map_two = [&](int64_t second, auto one, auto other) BN_INLINED {
+    const auto &k = channel_at(i, one), &next = channel_at(second, other);
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      const auto low = map(at[row], i, All{}, k), high = kNarrowing<D> == 1 ? low : map(at[row], i + L, All{}, next);
+      const auto results = map(at[row], i, one, k), others = kSingle ? results : map(at[row], second, other, next);
 #pragma GCC unroll 2
       for (int o = 0; o < Map::kOutputs; ++o) {
         if (Map::kMayLackOutput && !at[row].out[o]) continue;
-        if constexpr (kNarrowing<D> == 1)
-          put<D, kStreamed>(at[row].out[o] + i, low.values[o]);
-        else
-          put<D, kStreamed>(at[row].out[o] + i, D::narrow(low.values[o], high.values[o]));
+        put<D, kStreamed>(at[row].out[o] + i, narrow_two<D>(results.values[o], others.values[o], one));
       }
     }
-  }
+  };
+  for (; i + kNarrowing<D> * L <= two; i += kNarrowing<D> * L)
+    if constexpr (kInPairs && !kSingle) map_two(i, First{}, Second{});
+    else map_two(i + L, All{}, All{});
   const auto map_rest = [&](int64_t rest, auto count) {
     const auto& k = channel_at(rest, count);
     for (int row = 0; row < kRows; ++row) {
@@ -247,7 +249,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
       if constexpr (!kStreamed) prefetch_plane<D>(at[0].out[0] + map.channel_stride(), inner);
-      map_run<D, 1, kStreamed>(map, at, inner, [&](int64_t, auto) -> const auto& { return k; });
+      map_run<D, 1, kStreamed, !Map::kInOrder>(map, at, inner, inner, [&](int64_t, auto) -> const auto& { return k; });
     }
   }
 }
@@ -264,11 +266,14 @@ __attribute__((flatten)) void map_runs(const Map map, const Extent& e,
     const GroupOuters outers = grouping.outers(group);
     for (int64_t channel = channels.first; channel < channels.last; channel += at_once) {
       const int64_t some = least(at_once, channels.last - channel);
+      const int64_t n = some * inner, two = in_pairs<D>(n);
       for (int k = 0; k < Map::kCoefficients; ++k)
         spread<Parameter<D>>(coefficients.row(k) + group * coefficients.columns + channel, some, inner, run[k]);
+      if constexpr (!Map::kInOrder)
+        for (int k = 0; k < Map::kCoefficients; ++k) arrange<D>(run[k], two);
       for (int64_t j = 0; j < outers.count; ++j) {
         const typename Map::At at[1] = {map.at(outers[j], channel)};
-        map_run<D, 1, kStreamed>(map, at, some * inner, [&](int64_t i, auto count) {
+        map_run<D, 1, kStreamed, !Map::kInOrder>(map, at, n, two, [&](int64_t i, auto count) {
           return typename Map::Channel([&](int k) { return load<Parameter<D>>(run[k] + i, count); });
         });
       }
@@ -282,20 +287,34 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
                                             const Coefficients<typename D::Compute> coefficients, int64_t first) {
   typename Map::At at[kRows];
   __builtin_memcpy(at, rows, sizeof at);
-  map_run<D, kRows, kStreamed>(map, at, width, [=](int64_t i, auto count) {
+  map_run<D, kRows, kStreamed, false>(map, at, width, width, [=](int64_t i, auto count) {
     return typename Map::Channel([=](int k) { return load<Parameter<D>>(coefficients.row(k) + first + i, count); });
   });
 }
 
-/// Applies a map to `width` columns of `count` rows, one after another.
-template <class D, bool kStreamed, class Map>
+/// Applies a map to `width` columns of `count` rows, one after another; row_of(k): the coefficients. kInPairs: as in map_run().
+template <class D, bool kStreamed, bool kInPairs, class Map, class RowOf>
 __attribute__((flatten)) void map_row_run(const Map map, const typename Map::At row, int64_t count, int64_t width,
-                                          const Coefficients<typename D::Compute> coefficients, int64_t first) {
+                                          const RowOf row_of) {
+  const int64_t two = kInPairs ? in_pairs<D>(width) : width;
   typename Map::At at[1] = {row};
   for (; count > 0; --count, map.next(at[0]))
-    map_run<D, 1, kStreamed>(map, at, width, [=](int64_t i, auto lanes) {
-      return typename Map::Channel([=](int k) { return load<Parameter<D>>(coefficients.row(k) + first + i, lanes); });
+    map_run<D, 1, kStreamed, kInPairs>(map, at, width, two, [=](int64_t i, auto lanes) {
+      return typename Map::Channel([=](int k) { return load<Parameter<D>>(row_of(k) + i, lanes); });
     });
+}
+
+/// The same in pairs, for which it arranges the coefficients, kColumnBlock columns at most.
+template <class D, bool kStreamed, class Map, class RowOf>
+void map_row_run_in_pairs(const Map& map, const typename Map::At& row, int64_t count, int64_t width, const RowOf& row_of) {
+  using Compute = typename D::Compute;
+  alignas(64) Compute arranged[Map::kCoefficients][kSkewedBlock<D>];
+  for (int k = 0; k < Map::kCoefficients; ++k) {
+    __builtin_memcpy(arranged[k], row_of(k), width * sizeof(Compute));
+    arrange<D>(arranged[k], in_pairs<D>(width));
+  }
+  const Compute* const first = arranged[0];
+  map_row_run<D, kStreamed, true>(map, row, count, width, [=](int k) { return first + k * kSkewedBlock<D>; });
 }
 
 /// Applies a map to columns of the rows: one after another, as memory is quickest to read, where the coefficients stay
@@ -306,7 +325,8 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
               Range columns) {
   constexpr int kRows = 4, kNarrow = 6144 / sizeof(typename D::Compute);
   const int64_t width = columns.last - columns.first;
-  constexpr bool kOneByOne = kStreamed && kRegistersOfLine > 1;
+  constexpr bool kOneByOne = kStreamed && kRegistersOfLine > 1, kInPairs = D::kAlternates && !Map::kInOrder;
+  constexpr int64_t kFewestInPairs = 8;
   const bool side_by_side = !kOneByOne && e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
     const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
@@ -316,10 +336,17 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
       for (int i = 0; i < kRows; ++i) at[i] = map.at(outer + i, columns.first);
       map_row_group<D, kRows, kStreamed>(map, at, width, coefficients, first);
       outer += kRows;
-    } else {
-      map_row_run<D, kStreamed>(map, map.at(outer, columns.first), count, width, coefficients, first);
-      outer += count;
+      continue;
     }
+    const typename Map::At at = map.at(outer, columns.first);
+    const auto row_of = [=](int k) { return coefficients.row(k) + first; };
+    outer += count;
+    if constexpr (kInPairs)
+      if (count >= kFewestInPairs && width <= kColumnBlock<D>) {
+        map_row_run_in_pairs<D, kStreamed>(map, at, count, width, row_of);
+        continue;
+      }
+    map_row_run<D, kStreamed, false>(map, at, count, width, row_of);
   }
 }
 

@@ -85,13 +85,14 @@ BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, Last last) {
   put_bits(at, i + seen, let_through<D>(z) >> seen, last.lanes);
 }
 
-/// v in the lanes whose bits are set, zero in the others.
-template <class D, int... kIndex>
-BN_INLINE Vec<D> keep_marked(Vec<D> v, unsigned bits, std::integer_sequence<int, kIndex...>) {
+/// v in the lanes whose bits are set, zero in the others. Each kApart-th bit stands for a lane.
+template <class D, int kApart, int... kLane>
+BN_INLINE Vec<D> keep_marked(Vec<D> v, unsigned bits, std::integer_sequence<int, kLane...>) {
 #if defined(__x86_64__) && BN_VECTOR_BYTES == 64 && !defined(__clang__)
-  if constexpr (sizeof(typename D::Compute) == 4) return __builtin_ia32_movaps512_mask(v, Vec<D>{}, uint16_t(bits));
+  if constexpr (sizeof(typename D::Compute) == 4 && kApart == 1)
+    return __builtin_ia32_movaps512_mask(v, Vec<D>{}, uint16_t(bits));
 #endif
-  constexpr Integers<D> kLaneBits = {(1u << kIndex)...};
+  constexpr Integers<D> kLaneBits = {(1u << kApart * kLane)...};
   return ((Integers<D>{} + bits) & kLaneBits) != 0 ? v : Vec<D>{};
 }
 
@@ -100,12 +101,14 @@ constexpr int64_t kSpareBytes = 3;  // behind a mask, so that the bits of a regi
 /// v where the bits from that of element i on are set, else 0.
 template <class D, class Count>
 BN_INLINE Vec<D> keep_marked(Vec<D> v, const MarkedAt& at, int64_t i, Count) {
-  const bool whole_bytes = kIsAll<Count> && kLanes<D> % 8 == 0;
-  const uint64_t from = uint64_t(whole_bytes ? i : at.first + i);
+  constexpr bool kPair = kIsFirst<Count> || kIsSecond<Count>, kAlternate = kPair && D::kAlternates;
+  constexpr bool kWholeBytes = (kIsAll<Count> || kPair) && kLanes<D> % 8 == 0;
+  if constexpr (kIsSecond<Count> && !kAlternate) i += kLanes<D>;
+  const uint64_t from = uint64_t(kWholeBytes ? i : at.first + i);
   uint32_t bits;
   __builtin_memcpy(&bits, at.bytes + from / 8, sizeof bits);
-  bits >>= whole_bytes ? at.first : from % 8;
-  return keep_marked<D>(v, bits, std::make_integer_sequence<int, kLanes<D>>{});
+  bits >>= (kWholeBytes ? at.first : from % 8) + (kAlternate && kIsSecond<Count>);
+  return keep_marked<D, kAlternate ? 2 : 1>(v, bits, std::make_integer_sequence<int, kLanes<D>>{});
 }
 
 /// In bits.

@@ -61,7 +61,7 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
   const auto* const x = static_cast<const typename D::Element*>(p.x) + channels.first * p.x_strides.channel;
   typename D::Compute center[kReducedRun + kSlack];
   WideSums<Parameter<D>> wide[kRunChannels];
-  spread<Parameter<D>>(pivot, width, inner, center);
+  spread_to_reduce<D>(pivot, width, inner, center);
   for (int64_t c = 0; c < width; ++c) wide[c].clear();
   const auto fetch = [&](const auto* row, int64_t i) BN_FETCHES { prefetch_ahead(row + i + away); };
   const auto add = [&](const auto* row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
@@ -142,18 +142,25 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   using P = Parameter<D>;
   constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
   typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
+  typename D::Compute arranged[D::kAlternates ? kSkewedBlock<D> : 0];
+  const auto* const center = D::kAlternates ? arranged : pivot;
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  if constexpr (D::kAlternates) {
+    __builtin_memcpy(arranged, pivot, width * sizeof *pivot);
+    arrange<D>(arranged, in_pairs<D>(width));
+  }
   for (int begin = 0; begin < n; begin += kFew) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
     for (int r = begin; r < n && r < begin + kFew; ++r) {
       const typename D::Element* const at = row[r];
-      each_register<D>(0, width, [&](int64_t c, auto count) {
-        prefetch_ahead(at + c + ahead);
-        const Vec<D> d = load<D>(at + c, count) - load<P>(pivot + c, count);
+      each_pair<D>(width, [&](int64_t c, auto count) {
+        if (!kIsSecond<decltype(count)>) prefetch_ahead(at + c + ahead);
+        const Vec<D> d = load<D>(at + c, count) - load<P>(center + c, count);
         store<P>(few_first + c, load<P>(few_first + c, count) + d, count);
         store<P>(few_second + c, load<P>(few_second + c, count) + d * d, count);
       });
     }
+    put_in_order<D>(few_first, in_pairs<D>(width)), put_in_order<D>(few_second, in_pairs<D>(width));
     for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
     for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
   }

@@ -34,6 +34,18 @@ int64_t channels_reduced_as_run(const Extent& e) {
   return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner / 8 * 8 : 0;
 }
 
+/// How many registers of a run are summed at once: as many as have room for both sums.
+template <class D>
+constexpr int kRegistersOfRun = kIsCurved<D> ? 2 : 6;
+
+/// What a reduction adds up with: each channel's value in all its elements of a run, as it reads those.
+template <class D>
+BN_INLINE void spread_to_reduce(const typename D::Compute* values, int64_t channels, int64_t inner, typename D::Compute* run) {
+  constexpr int64_t kAtOnce = kRegistersOfRun<D> * kLanes<D>;
+  spread<Parameter<D>>(values, channels, inner, run);
+  arrange<D>(run, channels * inner / kAtOnce * kAtOnce);
+}
+
 /// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
 /// for what will be read where the line at i is now; add(row, i, lanes, first, second): adds a register.
 template <class D, class RowAt, class Fetch, class Add>
@@ -41,7 +53,7 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
                         const Add& add, WideSums<Parameter<D>>* wide) {
   using P = Parameter<D>;
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
-  constexpr int kRegisters = kIsCurved<D> ? 2 : 6;
+  constexpr int kRegisters = kRegistersOfRun<D>;
   const int64_t width = channels * inner;
   typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
   int64_t i = 0;
@@ -52,10 +64,17 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
 #pragma GCC unroll 6
       for (int64_t k = 0; k < kRegisters * L; k += kLine) fetch(row, i + k);
 #pragma GCC unroll 6
-      for (int k = 0; k < kRegisters; ++k) add(row, i + k * L, All{}, s1[k], s2[k]);
+      for (int k = 0; k < kRegisters; k += 2) {
+        add(row, i + k * L, First{}, s1[k], s2[k]);
+        add(row, i + k * L, Second{}, s1[k + 1], s2[k + 1]);
+      }
     }
 #pragma GCC unroll 6
-    for (int k = 0; k < kRegisters; ++k) store<P>(first + i + k * L, s1[k]), store<P>(second + i + k * L, s2[k]);
+    for (int k = 0; k < kRegisters; k += 2) {
+      to_order<D>(s1[k], s1[k + 1]), to_order<D>(s2[k], s2[k + 1]);
+      store<P>(first + i + k * L, s1[k]), store<P>(second + i + k * L, s2[k]);
+      store<P>(first + i + (k + 1) * L, s1[k + 1]), store<P>(second + i + (k + 1) * L, s2[k + 1]);
+    }
   }
   each_register<D>(i, width, [&](int64_t at, auto lanes) {
     Vec<D> s1 = {}, s2 = {};

@@ -21,6 +21,12 @@ BN_INLINE BothHalves joined(HalfBits low, HalfBits high) {
   return joined(low, high, std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
 }
 
+/// The even lanes of one register and the odd lanes of another.
+template <int... kLane>
+BN_INLINE BothHalves alternating(BothHalves even, BothHalves odd, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(even, odd, (kLane % 2 ? int(sizeof...(kLane)) + kLane : kLane)...);
+}
+
 /// The high halves of 32-bit lanes, of one register or two, and 32-bit lanes of high halves over zeros: one shuffle, where
 /// compilers make several of conversions and shifts. SSE2 has no such shuffle.
 #if BN_VECTOR_BYTES > 16
@@ -50,10 +56,12 @@ BN_INLINE Bits as_high_halves(HalfBits h) { return __builtin_convertvector(h, Bi
 
 /// How elements are stored, and the type that all arithmetic on them uses. kWithRest: coefficients of that type are not
 /// fine enough for results of it (float64 has no finer type to find the rest in). kTrained: what networks are trained with
-/// on a CPU; only there more kinds of loops pay for the time it takes to compile them.
+/// on a CPU; only there more kinds of loops pay for the time it takes to compile them. kAlternates: two registers are the
+/// even and the odd ones of adjacent elements (registers.inl).
 struct F32 {
   static constexpr bool kWithRest = true;
   static constexpr bool kTrained = true;
+  static constexpr bool kAlternates = false;
   typedef float Element;
   typedef float Compute;
   typedef Floats Stored;
@@ -64,6 +72,7 @@ struct F32 {
 struct F64 {
   static constexpr bool kWithRest = false;
   static constexpr bool kTrained = false;
+  static constexpr bool kAlternates = false;
   typedef double Element;
   typedef double Compute;
   typedef VectorOf<double, BN_VECTOR_BYTES>::type Stored;
@@ -74,6 +83,7 @@ struct F64 {
 struct BF16 {
   static constexpr bool kWithRest = false;
   static constexpr bool kTrained = true;
+  static constexpr bool kAlternates = BN_VECTOR_BYTES == 32;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
@@ -81,17 +91,26 @@ struct BF16 {
   BN_INLINE HalfBits narrow(Floats v) { return high_halves(rounded(v)); }
   BN_INLINE BothHalves narrow(Floats low, Floats high) { return high_halves(rounded(low), rounded(high)); }
 
+  BN_INLINE Floats even(BothHalves h) { return (Floats)((Bits)h << 16); }
+  BN_INLINE Floats odd(BothHalves h) { return (Floats)((Bits)h & 0xffff0000u); }
+  BN_INLINE BothHalves narrow_alternating(Floats even, Floats odd) {
+    return alternating((BothHalves)(rounded(even) >> 16), (BothHalves)rounded(odd),
+                       std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
+  }
+
  private:
-  /// To nearest even, in the high halves; NaN stays NaN.
+  /// To nearest even, in the high halves. NaN stays NaN: no element has one that would carry into the sign, nor has a
+  /// coefficient (Workspace::set), nor what arithmetic makes of those.
   BN_INLINE Bits rounded(Floats v) {
-    const Bits bits = (Bits)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return v == v ? rounded : bits | 0x400000;
+    const Bits bits = (Bits)v;
+    return bits + 0x7fff + ((bits >> 16) & 1);
   }
 };
 
 struct F16 {
   static constexpr bool kWithRest = false;
   static constexpr bool kTrained = false;
+  static constexpr bool kAlternates = false;
   typedef uint16_t Element;
   typedef float Compute;
   typedef HalfBits Stored;
