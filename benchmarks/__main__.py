@@ -52,7 +52,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--providers", nargs="+", choices=NAMES, help=f"default: {' '.join(DEFAULT)}; {' '.join(QUICK)} if --quick")
     add("--threads", type=int, default=machine.cores(), help="of every provider; default: all cores, here %(default)s")
     add("--seconds", type=float, help=f"for all cases, compilation included; default: {FULL_EFFORT.seconds:.0f}")
-    add("--output", type=Path, help=f"folder; default: {machine.RESULTS} for a full run, nothing is written for a part")
+    add("--output", type=Path, help=f"folder; default: {machine.RESULTS}/TABLE for a full run, nothing for a part")
     add("--render", action="store_true", help="measure nothing, write tables and picture again from the saved rows")
     add("--require-not-slower", action="store_true", help="fail if torch_bn is slower than torch in a training row")
     options = parser.parse_args(arguments)
@@ -60,7 +60,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     # The rows of a part must not take the place of a full run's by accident.
     if options.output is None and not (options.quick or options.only or options.providers):
-        options.output = machine.REPOSITORY / machine.RESULTS
+        options.output = machine.cpu_results()
     if options.render and not (options.output and (options.output / SAVED).is_file()):
         parser.error(f"--render needs the rows of an earlier run, {SAVED} in the folder of --output, {options.output}")
     options.cases = [

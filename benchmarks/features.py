@@ -1,6 +1,6 @@
 """What renorm and ghost batches cost: the layer with them beside the plain one, and beside renorm in plain torch.
 
-`python -m benchmarks.features` verifies, times and writes results/features.csv and .md; --seconds N for all cases.
+`python -m benchmarks.features` verifies, times and writes features.csv and .md; --seconds N for all cases.
 """
 
 import sys

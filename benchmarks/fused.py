@@ -1,6 +1,6 @@
 """What fusing saves: a layer with what follows it in networks, ours in one pass beside torch's operations.
 
-`python -m benchmarks.fused` verifies, times and writes results/fused.csv and .md; --seconds N for all cases.
+`python -m benchmarks.fused` verifies, times and writes fused.csv and .md; --seconds N for all cases.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What layers in place save in a network of convolutions, batch normalizations and leaky ReLUs.
 
-`python -m benchmarks.inplace` verifies, times and writes results/inplace.csv and .md; --seconds N for both layouts.
+`python -m benchmarks.inplace` verifies, times and writes inplace.csv and .md; --seconds N for both layouts.
 """
 
 import sys

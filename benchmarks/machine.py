@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch_bn
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
 CPUINFO = Path("/proc/cpuinfo")
@@ -35,6 +37,12 @@ def last_level_cache() -> int:
     sizes = [path.read_text().strip() for path in CACHES.glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=TYPICAL_CACHE)
+
+
+def cpu_results() -> Path:
+    """The folder for what is measured here. Each instruction set has its own: they are different kernels, and faster
+    than torch's to a different degree."""
+    return REPOSITORY / RESULTS / (torch_bn.build_info()["cpu_table"] or "reference")
 
 
 def load() -> float:

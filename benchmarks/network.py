@@ -1,6 +1,6 @@
 """Whole training steps of ResNets on the CPU: torch's layers, ours, ours with what follows them fused, and compiled.
 
-`python -m benchmarks.network` verifies, times and writes results/network.csv and .md; --seconds N for all networks.
+`python -m benchmarks.network` verifies, times and writes network.csv and .md; --seconds N for all networks.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A measurement beside the main one, as a command: `python -m benchmarks.NAME` writes results/NAME.csv and .md."""
+"""A measurement beside the main one, as a command: `python -m benchmarks.NAME` writes NAME.csv and .md."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ def parser(name: str, about: str | None, seconds: float) -> argparse.ArgumentPar
     """What every study can be told; one with more to tell adds it."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     parser.add_argument("--seconds", type=float, default=seconds, help="for all cases; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=machine.REPOSITORY / machine.RESULTS, help="folder")
+    parser.add_argument("--output", type=Path, default=machine.cpu_results(), help="folder")
     parser.set_defaults(name=name)
     return parser
 

@@ -120,7 +120,7 @@ def test_half_types_are_rounded_once(dtype, activation):
 @each_activation
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_every_nan_stays_nan(layout, activation):
-    """Whatever bits a NaN of an element, of a gradient or of a coefficient has: rounding to bfloat16 drops the lower."""
+    """Whatever bits that of an element, a gradient or a coefficient has: rounding to bfloat16 drops the lower."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     nans = every[every.isnan()]
     x = LAYOUTS[layout](nans[torch.arange(9 * 24 * 7 * 7) % len(nans)].reshape(9, 24, 7, 7))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 
+import torch_bn
 from benchmarks import __main__ as command
 from benchmarks import machine
 from benchmarks.cases import DIRECTIONS, LARGEST_TENSOR, Case, all_cases, quick_cases
@@ -235,6 +236,10 @@ class TestMachine:
         assert re.fullmatch(r".+, \d+ cores?", machine.description())
         assert machine.last_level_cache() >= 1 << 16
         assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", machine.commit())
+
+    def test_each_instruction_set_has_its_folder(self):
+        table = torch_bn.build_info()["cpu_table"]
+        assert machine.cpu_results() == machine.REPOSITORY / "benchmarks" / "results" / (table or "reference")
 
     def test_a_folder_outside_git_has_no_commit(self, tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "REPOSITORY", tmp_path)

@@ -323,5 +323,5 @@ class TestCommand:
 def test_every_result_file_is_listed():
     folder = REPOSITORY / "benchmarks" / "results"
     text = (folder / "README.md").read_text()
-    files = [path.name for path in folder.iterdir() if path.name != "README.md"]
+    files = [path.name for path in folder.rglob("*.*") if path.name != "README.md"]
     assert files and all(f"`{name}`" in text for name in files)
