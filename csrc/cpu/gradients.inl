@@ -50,7 +50,6 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
                                                     const Forwarded<D>& forwarded,
                                                     double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   WideSums<D> wide[kPlanes];
-  for (int64_t c = channels.first; c < channels.last; ++c) wide[c - channels.first].clear();
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
     for (int64_t c = channels.first; c < channels.last; ++c) {
       const Vec<D> center = splat<D>(forwarded.center[c]), scale = splat<D>(forwarded.scale[c]),
@@ -69,11 +68,11 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
         };
         sums.add(s.count, add, [](int64_t) {});
       }
-      wide[c - channels.first].add(sums);
+      wide[c - channels.first].add(sums, unit == units.first);
     }
   for (int64_t c = channels.first; c < channels.last; ++c) {
-    sum_dz[c] = wide[c - channels.first].total_first();
-    sum_dz_deviation[c] = wide[c - channels.first].total_second();
+    sum_dz[c] = wide[c - channels.first].first.total();
+    sum_dz_deviation[c] = wide[c - channels.first].second.total();
   }
 }
 
@@ -93,7 +92,6 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
     spread_to_reduce<D>(forwarded.scale + c, width, inner, scale);
     spread_to_reduce<D>(forwarded.shift + c, width, inner, shift);
   }
-  for (int64_t i = 0; i < width; ++i) wide[i].clear();
   const auto fetch = [&](const auto& row, int64_t i) BN_FETCHES {
     if constexpr (kNarrowing<D> > 1) return;  // conversions leave no time for it
     prefetch_ahead(row.x + i + x_away), prefetch_ahead(row.dy + i + dy_away);
@@ -109,9 +107,12 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
   };
   for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
     const auto row_at = [&](int64_t j) { return UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0); };
-    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide);
+    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide, plane == planes.first);
   }
-  for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = wide[i].total_first(), sum_dz_deviation[c + i] = wide[i].total_second();
+  for (int64_t i = 0; i < width; ++i) {
+    sum_dz[c + i] = wide[i].first.total();
+    sum_dz_deviation[c + i] = wide[i].second.total();
+  }
 }
 
 /// in_runs: whether planes may be walked so.

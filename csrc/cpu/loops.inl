@@ -47,20 +47,23 @@ struct Sums {
   }
 };
 
-/// Sums of many such sums, lane by lane in double: lanes are added up once, at the end.
+/// Sums of many such sums, lane by lane in double: lanes are added up once, at the end. The first begins them, as clearing
+/// them would take as long as adding.
 template <class D>
 struct WideSums {
-  double first[kLanes<D>], second[kLanes<D>];
+  WideSum<D> first, second;
 
-  void clear() {
-    for (int i = 0; i < kLanes<D>; ++i) first[i] = second[i] = 0;
+  void add(const Sums<D>& sums, bool begin) {
+    const WideSum<D> new_first((sums.first[0] + sums.first[1]) + (sums.first[2] + sums.first[3]));
+    const WideSum<D> new_second((sums.second[0] + sums.second[1]) + (sums.second[2] + sums.second[3]));
+    if (begin) {
+      first = new_first;
+      second = new_second;
+    } else {
+      first.add(new_first);
+      second.add(new_second);
+    }
   }
-  void add(const Sums<D>& sums) {
-    add_in_double<D>(first, (sums.first[0] + sums.first[1]) + (sums.first[2] + sums.first[3]));
-    add_in_double<D>(second, (sums.second[0] + sums.second[1]) + (sums.second[2] + sums.second[3]));
-  }
-  double total_first() { return sum_in_place<kLanes<D>>(first); }
-  double total_second() { return sum_in_place<kLanes<D>>(second); }
 };
 
 /// The outer indices of one group, numbered from 0.

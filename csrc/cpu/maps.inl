@@ -292,7 +292,8 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
   });
 }
 
-/// Applies a map to `width` columns of `count` rows, one after another; row_of(k): the coefficients. kInPairs: as in map_run().
+/// Applies a map to `width` columns of `count` rows, one after another; row_of(k): the coefficients. kInPairs: as in
+/// map_run().
 template <class D, bool kStreamed, bool kInPairs, class Map, class RowOf>
 __attribute__((flatten)) void map_row_run(const Map map, const typename Map::At row, int64_t count, int64_t width,
                                           const RowOf row_of) {

@@ -31,7 +31,6 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
   const int width = int(channels.last - channels.first);
   const int64_t away = next * p.x_strides.channel;
   WideSums<D> wide[kPlanes];
-  for (int c = 0; c < width; ++c) wide[c].clear();
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
     for (int c = 0; c < width; ++c) {
       Sums<D> sums;
@@ -47,9 +46,9 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
         };
         sums.add(s.count, add, [=](int64_t i) BN_FETCHES { prefetch_ahead(from + i + away); });
       }
-      wide[c].add(sums);
+      wide[c].add(sums, unit == units.first);
     }
-  for (int c = 0; c < width; ++c) first[c] = wide[c].total_first(), second[c] = wide[c].total_second();
+  for (int c = 0; c < width; ++c) first[c] = wide[c].first.total(), second[c] = wide[c].second.total();
 }
 
 /// The same of one run of channels, over whole planes.
@@ -62,7 +61,6 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
   typename D::Compute center[kReducedRun + kSlack];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread_to_reduce<D>(pivot, width, inner, center);
-  for (int64_t c = 0; c < width; ++c) wide[c].clear();
   const auto fetch = [&](const auto* row, int64_t i) BN_FETCHES { prefetch_ahead(row + i + away); };
   const auto add = [&](const auto* row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
     const Vec<D> d = load<D>(row + i, lanes) - load<Parameter<D>>(center + i, lanes);
@@ -71,9 +69,9 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
   };
   for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
     const auto row_at = [&](int64_t j) { return x + outers[plane + j] * p.x_strides.outer; };
-    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide);
+    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide, plane == planes.first);
   }
-  for (int64_t c = 0; c < width; ++c) first[c] = wide[c].total_first(), second[c] = wide[c].total_second();
+  for (int64_t c = 0; c < width; ++c) first[c] = wide[c].first.total(), second[c] = wide[c].second.total();
 }
 
 /// Mean and squared deviations of the units, of one channel.

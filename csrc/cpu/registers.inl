@@ -9,7 +9,6 @@ template <>
 constexpr bool kIsAll<All> = true;
 template <class D> BN_INLINE Vec<D> load(const typename D::Element* p, All) { return load<D>(p); }
 template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, All) { store<D>(p, v); }
-template <class D> BN_INLINE void add_in_double(double* sums, Vec<D> v, All) { add_in_double<D>(sums, v); }
 template <class D> BN_INLINE Vec<D> keep(Vec<D> v, All) { return v; }
 
 /// A whole register of which only the last lanes have not been seen before.

@@ -40,17 +40,19 @@ constexpr int kRegistersOfRun = kIsCurved<D> ? 2 : 6;
 
 /// What a reduction adds up with: each channel's value in all its elements of a run, as it reads those.
 template <class D>
-BN_INLINE void spread_to_reduce(const typename D::Compute* values, int64_t channels, int64_t inner, typename D::Compute* run) {
+BN_INLINE void spread_to_reduce(const typename D::Compute* values, int64_t channels, int64_t inner,
+                                typename D::Compute* run) {
   constexpr int64_t kAtOnce = kRegistersOfRun<D> * kLanes<D>;
   spread<Parameter<D>>(values, channels, inner, run);
   arrange<D>(run, channels * inner / kAtOnce * kAtOnce);
 }
 
 /// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
-/// for what will be read where the line at i is now; add(row, i, lanes, first, second): adds a register.
+/// for what will be read where the line at i is now; add(row, i, lanes, first, second): adds a register. begin: whether
+/// `wide` has no sums yet.
 template <class D, class RowAt, class Fetch, class Add>
 BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const RowAt& row_at, const Fetch& fetch,
-                        const Add& add, WideSums<Parameter<D>>* wide) {
+                        const Add& add, WideSums<Parameter<D>>* wide, bool begin) {
   using P = Parameter<D>;
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
   constexpr int kRegisters = kRegistersOfRun<D>;
@@ -92,6 +94,6 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
       s2 += keep<P>(load<P>(second + c * inner + k, lanes), lanes);
     };
     sums.add(inner, add_column, [](int64_t) {});
-    wide[c].add(sums);
+    wide[c].add(sums, begin);
   }
 }

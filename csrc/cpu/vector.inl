@@ -188,21 +188,6 @@ __attribute__((noinline)) void store(typename D::Element* p, Vec<D> v, int count
     if (i < count) p[i] = lanes[i];
 }
 
-/// Adds the lanes, or the first `count` of them, to sums in double.
-template <class D>
-BN_INLINE void add_in_double(double* sums, Vec<D> v) {
-  typedef typename VectorOf<double, kLanes<D> * sizeof(double)>::type Doubles;
-  Doubles sum;
-  __builtin_memcpy(&sum, sums, sizeof sum);
-  sum += __builtin_convertvector(v, Doubles);
-  __builtin_memcpy(sums, &sum, sizeof sum);
-}
-template <class D>
-BN_INLINE void add_in_double(double* sums, Vec<D> v, int count) {
-  for (int i = 0; i < kLanes<D>; ++i)
-    if (i < count) sums[i] += v[i];
-}
-
 /// How many registers of the compute type fill one when they are stored, and that one.
 template <class D>
 constexpr int kNarrowing = sizeof(typename D::Compute) / sizeof(typename D::Element);
@@ -243,19 +228,55 @@ BN_INLINE Vec<D> keep(Vec<D> v, int count) {
   return v;
 }
 
-/// The sum of kCount numbers, which it overwrites: by halves, as each addition would wait for the one before.
-template <int kCount>
-BN_INLINE double sum_in_place(double* numbers) {
-#pragma GCC unroll 4
-  for (int half = kCount / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
-  return numbers[0];
+template <class V, int... kLane>
+BN_INLINE auto lower_half(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, kLane...);
 }
+template <class V, int... kLane>
+BN_INLINE auto upper_half(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (int(sizeof...(kLane)) + kLane)...);
+}
+
+/// The sum of kCount doubles, by halves: one after another, each addition would wait for the one before.
+template <int kCount, class V>
+BN_INLINE double sum_of_halves(V v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    constexpr auto kHalf = std::make_integer_sequence<int, kCount / 2>{};
+    return sum_of_halves<kCount / 2>(lower_half(v, kHalf) + upper_half(v, kHalf));
+  }
+}
+
+/// Sums of lanes in double, which take twice the registers of floats.
+template <class D>
+struct WideSum {
+  static constexpr int kDoubles = BN_VECTOR_BYTES / sizeof(double), kRegisters = kLanes<D> / kDoubles;
+  typedef typename VectorOf<double, BN_VECTOR_BYTES>::type Doubles;
+  Doubles registers[kRegisters];
+
+  WideSum() = default;
+  explicit WideSum(Vec<D> v) {
+    if constexpr (kRegisters == 1) {
+      registers[0] = v;
+    } else {
+      constexpr auto kHalf = std::make_integer_sequence<int, kDoubles>{};
+      registers[0] = __builtin_convertvector(lower_half(v, kHalf), Doubles);
+      registers[1] = __builtin_convertvector(upper_half(v, kHalf), Doubles);
+    }
+  }
+  void add(const WideSum& other) {
+    for (int i = 0; i < kRegisters; ++i) registers[i] += other.registers[i];
+  }
+  double total() const {
+    if constexpr (kRegisters == 1) return sum_of_halves<kDoubles>(registers[0]);
+    else return sum_of_halves<kDoubles>(registers[0] + registers[1]);
+  }
+};
+
 template <class D>
 BN_INLINE double sum_of_lanes(Vec<D> v) {
-  double lanes[kLanes<D>];
-  for (int i = 0; i < kLanes<D>; ++i) lanes[i] = v[i];
-  return sum_in_place<kLanes<D>>(lanes);
+  return WideSum<D>(v).total();
 }
 
 /// One element, through the same conversion.
