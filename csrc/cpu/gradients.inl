@@ -1,6 +1,19 @@
 // The reduction of the backward pass: sums of dz and of dz * (x - center), per slice, group and channel, where dz is dy
 // through the activation. Blocks are summed in the compute type and added up in double.
 
+/// Whether the reduction leaves the gradient at a curved activation, which is more arithmetic than memory, where the map
+/// then reads it: in dresidual or dx. Half types would round it.
+template <class D>
+constexpr bool kKeepsGradient = kIsCurved<D> && kNarrowing<D> == 1 && BN_VECTOR_BYTES < 64;
+
+/// Where to.
+template <class D, bool kKeeps = kKeepsGradient<D>>
+struct KeptGradient {};
+template <class D>
+struct KeptGradient<D, true> {
+  typename D::Element* place;
+};
+
 /// dy, and dz made of it, at one place of memory.
 template <class D, Ending kEnding>
 struct UpstreamGradient {
@@ -9,6 +22,7 @@ struct UpstreamGradient {
   MarkedAt mask;
   Activation activation;
   [[no_unique_address]] NumberOf<D> number;
+  [[no_unique_address]] KeptGradient<D> kept;
 
   UpstreamGradient() = default;
   UpstreamGradient(const BackwardParams& p, int64_t outer, int64_t channel, int64_t begin) {
@@ -21,6 +35,8 @@ struct UpstreamGradient {
     if constexpr (kEnding == Ending::masked) mask = mask_place<D>(p.mask, p.extent, outer, channel, begin);
     activation = p.activation;
     if constexpr (kIsCurved<D>) number.value = p.activation_number;
+    if constexpr (kKeepsGradient<D>)
+      kept.place = const_cast<Element*>(p.dresidual ? at(p.dresidual, p.dresidual_strides) : at(p.dx, p.dx_strides));
   }
   /// dz of one register; scale and shift are the forward's, to find the normalised value again.
   template <class Count>
@@ -30,10 +46,14 @@ struct UpstreamGradient {
     if (kEnding == Ending::none || activation == Activation::none) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
-    if constexpr (kIsCurved<D>)
-      return through_activation<D>(activation, number.value, z, gradient);
-    else
+    if constexpr (kIsCurved<D>) {
+      const Vec<D> dz = through_activation<D>(activation, number.value, z, gradient);
+      if constexpr (kKeepsGradient<D>)
+        if (kept.place) store<D>(kept.place + i, dz, count);
+      return dz;
+    } else {
       return relu_gradient(z, gradient);
+    }
   }
 };
 
@@ -160,19 +180,18 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
 /// The same of some columns, as pairs of their elements are read.
 template <class D, Ending kEnding>
 struct ArrangedForwarded {
-  typename D::Compute memory[D::kAlternates ? (kEnding == Ending::general ? 3 : 1) : 0][kSkewedBlock<D>];
+  static constexpr int kArranged = D::kAlternates ? (kEnding == Ending::general ? 3 : 1) : 0;
+  typename D::Compute memory[kArranged][kSkewedBlock<D>];
   Forwarded<D> here;
 
   ArrangedForwarded(const Forwarded<D>& all, int64_t column, int64_t width)
       : here{all.center + column, all.scale + column, all.shift + column} {
-    int used = 0;
-    if constexpr (D::kAlternates)
-      for (auto** values : {&here.center, &here.scale, &here.shift})
-        if (used < int(sizeof memory / sizeof *memory)) {
-          __builtin_memcpy(memory[used], *values, width * sizeof **memory);
-          arrange<D>(memory[used], in_pairs<D>(width));
-          *values = memory[used++];
-        }
+    const typename D::Compute** const values[] = {&here.center, &here.scale, &here.shift};
+    for (int k = 0; k < kArranged; ++k) {
+      __builtin_memcpy(memory[k], *values[k], width * sizeof *memory[k]);
+      arrange<D>(memory[k], in_pairs<D>(width));
+      *values[k] = memory[k];
+    }
   }
 };
 

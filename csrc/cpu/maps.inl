@@ -127,7 +127,8 @@ struct Normalize {
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
-template <class D, Ending kEnding>
+/// kInPlace: dx may be where dy is.
+template <class D, Ending kEnding, bool kInPlace = false>
 struct NormalizeGradient {
   static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
   static constexpr bool kMayLackOutput = kEnding != Ending::none, kInOrder = false;
@@ -156,7 +157,7 @@ struct NormalizeGradient {
     return a;
   }
   int64_t channel_stride() const { return p.dx_strides.channel; }
-  static constexpr bool overwrites() { return false; }
+  static constexpr bool overwrites() { return kInPlace; }
   static void skip(At& a, int64_t count) {
     a.from.dy += count;
     a.from.x += count;

@@ -159,6 +159,19 @@ struct Backward {
     plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, run > 0, forwarded, dz, dz_deviation);
   }
   void finish(Range channels) const { finish_gradients(given, work, channels); }
+  void map_curved(Range outers, Range columns, int64_t x_away, int64_t dy_away) const {
+    if constexpr (kKeepsGradient<Curved<D>>) {
+      if (!p.dx) return;
+      BackwardParams kept = p;
+      kept.dy = p.dresidual ? p.dresidual : p.dx;
+      kept.dy_strides = p.dresidual ? p.dresidual_strides : p.dx_strides;
+      map_elements<D>(NormalizeGradient<D, Ending::none, true>{kept, x_away, 0}, p.dresidual ? writing : Writing::cached,
+                      run > 0, p.extent, work.coefficients, outers, columns);
+    } else {
+      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, Writing::cached,
+                              run > 0, p.extent, work.coefficients, outers, columns);
+    }
+  }
   void map(Range outers, Range columns, int64_t next) const {
     if (!p.dx && !p.dresidual) return;
     const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
@@ -170,8 +183,7 @@ struct Backward {
     else if (p.mask)
       map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away});
     else if (is_curved(p.activation))
-      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, Writing::cached,
-                              run > 0, p.extent, work.coefficients, outers, columns);
+      map_curved(outers, columns, x_away, dy_away);
     else
       map(NormalizeGradient<D, Ending::general>{p, x_away, dy_away});
   }
