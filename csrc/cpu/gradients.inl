@@ -188,8 +188,7 @@ struct ArrangedForwarded {
       : here{all.center + column, all.scale + column, all.shift + column} {
     const typename D::Compute** const values[] = {&here.center, &here.scale, &here.shift};
     for (int k = 0; k < kArranged; ++k) {
-      __builtin_memcpy(memory[k], *values[k], width * sizeof *memory[k]);
-      arrange<D>(memory[k], in_pairs<D>(width));
+      copy_arranged<D>(*values[k], width, memory[k]);
       *values[k] = memory[k];
     }
   }

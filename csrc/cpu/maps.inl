@@ -311,10 +311,7 @@ template <class D, bool kStreamed, class Map, class RowOf>
 void map_row_run_in_pairs(const Map& map, const typename Map::At& row, int64_t count, int64_t width, const RowOf& row_of) {
   using Compute = typename D::Compute;
   alignas(64) Compute arranged[Map::kCoefficients][kSkewedBlock<D>];
-  for (int k = 0; k < Map::kCoefficients; ++k) {
-    __builtin_memcpy(arranged[k], row_of(k), width * sizeof(Compute));
-    arrange<D>(arranged[k], in_pairs<D>(width));
-  }
+  for (int k = 0; k < Map::kCoefficients; ++k) copy_arranged<D>(row_of(k), width, arranged[k]);
   const Compute* const first = arranged[0];
   map_row_run<D, kStreamed, true>(map, row, count, width, [=](int k) { return first + k * kSkewedBlock<D>; });
 }

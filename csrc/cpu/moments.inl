@@ -143,10 +143,7 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   typename D::Compute arranged[D::kAlternates ? kSkewedBlock<D> : 0];
   const auto* const center = D::kAlternates ? arranged : pivot;
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  if constexpr (D::kAlternates) {
-    __builtin_memcpy(arranged, pivot, width * sizeof *pivot);
-    arrange<D>(arranged, in_pairs<D>(width));
-  }
+  if constexpr (D::kAlternates) copy_arranged<D>(pivot, width, arranged);
   for (int begin = 0; begin < n; begin += kFew) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
     for (int r = begin; r < n && r < begin + kFew; ++r) {

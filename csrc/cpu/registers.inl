@@ -113,6 +113,13 @@ BN_INLINE void arrange(typename D::Compute* coefficients, int64_t n) {
     }
 }
 
+/// A copy of the coefficients of n adjacent elements, arranged as far as those are taken in pairs.
+template <class D>
+BN_INLINE void copy_arranged(const typename D::Compute* coefficients, int64_t n, typename D::Compute* to) {
+  __builtin_memcpy(to, coefficients, n * sizeof *to);
+  arrange<D>(to, in_pairs<D>(n));
+}
+
 /// Back from that, of sums.
 template <class D>
 BN_INLINE void put_in_order(typename D::Compute* sums, int64_t n) {
