@@ -7,11 +7,20 @@ constexpr int64_t kRunRows = 16;                          // are summed in the c
 constexpr int kRunChannels = kReducedRun / (kTinyPlane + 1) + 1;  // at most are reduced as one run
 constexpr int64_t kSlack = kLanes<F32>;                   // what is spread may reach as far beyond a run
 
+constexpr int64_t kSoonEnding = 64;  // elements of a plane that loses much by its end
+
+/// How many planes of a channel pay for the coefficients of its run.
+template <class D>
+int64_t planes_worth_a_run(int64_t inner) {
+  return inner <= kSoonEnding ? 4 : 6 * kNarrowing<D>;
+}
+
 /// How many channels begin a run, so that it is whole lines: a power of two. 0 where planes are walked one by one.
 template <class D>
 int64_t channels_of_run(const Extent& e) {
-  constexpr int64_t kLine = 64 / sizeof(typename D::Element), kFewestPlanes = 4;
-  if (!kHasLines<D> || e.inner == 1 || e.inner > kShortPlane<D> || e.outer < kFewestPlanes * e.groups) return 0;
+  constexpr int64_t kLine = 64 / sizeof(typename D::Element);
+  if (!kHasLines<D> || e.inner == 1 || e.inner > kShortPlane<D>) return 0;
+  if (e.outer < planes_worth_a_run<D>(e.inner) * e.groups) return 0;
   int64_t channels = 1;
   while (channels * e.inner % kLine != 0) channels *= 2;
   return channels * e.inner <= kMappedRun ? channels : 0;
@@ -26,11 +35,10 @@ BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64
   }
 }
 
-/// How many channels are reduced as one run, 0 where planes are: longer ones lose little by their ends.
+/// How many channels are reduced as one run, 0 where planes are.
 template <class D>
 int64_t channels_reduced_as_run(const Extent& e) {
-  constexpr int64_t kLongest = 64;
-  const bool shorter = e.inner > kTinyPlane && e.inner <= kLongest;
+  const bool shorter = e.inner > kTinyPlane && e.inner <= kSoonEnding;
   return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner / 8 * 8 : 0;
 }
 
