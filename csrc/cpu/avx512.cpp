@@ -8,9 +8,9 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
 namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"
-#include "activations.inl"
 #include "registers.inl"
 #include "loops.inl"
+#include "activations.inl"
 #include "mask.inl"
 #include "runs.inl"
 #include "moments.inl"

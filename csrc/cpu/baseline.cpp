@@ -10,9 +10,9 @@
 namespace torch_bn::cpu {
 namespace {
 #include "vector.inl"
-#include "activations.inl"
 #include "registers.inl"
 #include "loops.inl"
+#include "activations.inl"
 #include "mask.inl"
 #include "runs.inl"
 #include "moments.inl"

@@ -73,7 +73,7 @@ __attribute__((flatten)) void gather_planes(const Map map, const Extent& e,
       for (int64_t i = 0; i < inner; i += kMost, map.skip(at[0], kMost)) {
         const int64_t count = least(kMost, inner - i);
         for (int o = 0; o < Map::kOutputs; ++o) at[0].out[o] = gathered[o].next(count);
-        map_run<D, 1, false, !Map::kInOrder>(map, at, count, count, [&](int64_t, auto) -> const auto& { return k; });
+        map_adjacent<D, false, !Map::kInOrder>(map, at, count, count, [&](int64_t, auto) -> const auto& { return k; });
       }
     }
     for (int o = 0; o < Map::kOutputs; ++o) gathered[o].finish();
@@ -93,14 +93,12 @@ bool runs_are_lines(const Map& map, int64_t bytes, Range channels) {
 template <class D, class Map>
 void map_elements(const Map& map, Writing writing, bool in_runs, const Extent& e,
                   const Coefficients<typename D::Compute>& coefficients, Range outers, Range columns) {
-  if constexpr (kHasLines<D>)
+  if constexpr (kHasLines<D>) {
     if (in_runs && outers.last - outers.first == e.outer) {
       if (writing == Writing::cached) return map_runs<D, false>(map, e, coefficients, columns);
       const int64_t bytes = (columns.last - columns.first) * e.inner * int64_t(sizeof(typename D::Element));
-      if constexpr (!kIsCurved<D>)
-        if (runs_are_lines(map, bytes, columns)) return map_runs<D, true>(map, e, coefficients, columns);
+      if (runs_are_lines(map, bytes, columns)) return map_runs<D, true>(map, e, coefficients, columns);
     }
-  if constexpr (kHasLines<D> && !kIsCurved<D>) {
     if (writing == Writing::streamed) return map_elements<D, true>(map, e, coefficients, outers, columns);
     if (writing == Writing::gathered) return gather_planes<D>(map, e, coefficients, outers, columns);
   }

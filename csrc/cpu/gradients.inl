@@ -6,12 +6,20 @@
 template <class D>
 constexpr bool kKeepsGradient = kIsCurved<D> && kNarrowing<D> == 1 && BN_VECTOR_BYTES < 64;
 
-/// Where to.
-template <class D, bool kKeeps = kKeepsGradient<D>>
-struct KeptGradient {};
+/// Where dz of a curved activation has been found, the activation's number, and where dz is kept.
+template <class D, bool kCurved = kIsCurved<D>>
+struct CurvedGradient {};
 template <class D>
-struct KeptGradient<D, true> {
-  typename D::Element* place;
+struct CurvedGradient<D, true> {
+  const typename D::Compute* found;
+  double number;
+  typename D::Element* kept;
+};
+
+/// The forward's coefficients of one register, to find the normalised value again.
+template <class D>
+struct ForwardedLanes {
+  Vec<D> center, scale, shift;
 };
 
 /// dy, and dz made of it, at one place of memory.
@@ -21,8 +29,7 @@ struct UpstreamGradient {
   const Element *dy, *x, *residual;
   MarkedAt mask;
   Activation activation;
-  [[no_unique_address]] NumberOf<D> number;
-  [[no_unique_address]] KeptGradient<D> kept;
+  [[no_unique_address]] CurvedGradient<D> curved;
 
   UpstreamGradient() = default;
   UpstreamGradient(const BackwardParams& p, int64_t outer, int64_t channel, int64_t begin) {
@@ -34,26 +41,37 @@ struct UpstreamGradient {
     residual = at(p.residual, p.residual_strides);
     if constexpr (kEnding == Ending::masked) mask = mask_place<D>(p.mask, p.extent, outer, channel, begin);
     activation = p.activation;
-    if constexpr (kIsCurved<D>) number.value = p.activation_number;
+    if constexpr (kIsCurved<D>) curved.number = p.activation_number;
     if constexpr (kKeepsGradient<D>)
-      kept.place = const_cast<Element*>(p.dresidual ? at(p.dresidual, p.dresidual_strides) : at(p.dx, p.dx_strides));
+      curved.kept = const_cast<Element*>(p.dresidual ? at(p.dresidual, p.dresidual_strides) : at(p.dx, p.dx_strides));
+  }
+  /// Finds dz of n elements, as many as a block holds, at a curved activation; forwarded_at(i, count) as dz() takes it.
+  template <class ForwardedAt>
+  void find(int64_t n, const ForwardedAt& forwarded_at, CurvedBlock<D>& block) {
+    each_register<D>(0, n, [&](int64_t i, auto count) BN_INLINED {
+      const ForwardedLanes<D>& k = forwarded_at(i, count);
+      Vec<D> z = (load<D>(x + i, count) - k.center) * k.scale + k.shift;
+      if (residual) z += load<D>(residual + i, count);
+      store<Parameter<D>>(block.z + i, z);
+    });
+    block.differentiate(activation, curved.number, n, dy);
+    curved.found = block.gradient;
   }
   /// dz of one register; scale and shift are the forward's, to find the normalised value again.
   template <class Count>
   Vec<D> dz(int64_t i, Count count, Vec<D> deviation, Vec<D> scale, Vec<D> shift) const {
+    if constexpr (kIsCurved<D>) {
+      const Vec<D> dz = load<Parameter<D>>(curved.found + i, count);
+      if constexpr (kKeepsGradient<D>)
+        if (curved.kept) store<D>(curved.kept + i, dz, count);
+      return dz;
+    }
     const Vec<D> gradient = load<D>(dy + i, count);
     if constexpr (kEnding == Ending::masked) return keep_marked<D>(gradient, mask, i, count);
     if (kEnding == Ending::none || activation == Activation::none) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (residual) z += load<D>(residual + i, count);
-    if constexpr (kIsCurved<D>) {
-      const Vec<D> dz = through_activation<D>(activation, number.value, z, gradient);
-      if constexpr (kKeepsGradient<D>)
-        if (kept.place) store<D>(kept.place + i, dz, count);
-      return dz;
-    } else {
-      return relu_gradient(z, gradient);
-    }
+    return relu_gradient(z, gradient);
   }
 };
 
@@ -69,6 +87,7 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
                                                     const GroupOuters& outers, Range units, Range channels, Range all,
                                                     const Forwarded<D>& forwarded,
                                                     double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
+  [[maybe_unused]] CurvedBlock<D> block;
   WideSums<D> wide[kPlanes];
   for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
     for (int64_t c = channels.first; c < channels.last; ++c) {
@@ -77,7 +96,9 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
       Sums<D> sums;
       for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
         const Segment s = segment_of(p.extent, cut, outers, u);
-        const UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
+        UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
+        if constexpr (kIsCurved<D>)
+          from.find(s.count, [&](int64_t, auto) BN_INLINED { return ForwardedLanes<D>{center, scale, shift}; }, block);
         prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
         prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
         const auto add = [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
@@ -93,6 +114,63 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
   for (int64_t c = channels.first; c < channels.last; ++c) {
     sum_dz[c] = wide[c - channels.first].first.total();
     sum_dz_deviation[c] = wide[c - channels.first].second.total();
+  }
+}
+
+/// Adds those of one register to the sums, each at the same place.
+template <class D, Ending kEnding, class Count>
+BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding>& row, int64_t c, Count count, const Forwarded<D>& forwarded,
+                             typename D::Compute* first, typename D::Compute* second) {
+  using P = Parameter<D>;
+  const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
+  Vec<D> scale = {}, shift = {};
+  if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
+  const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
+  store<P>(first + c, load<P>(first + c, count) + dz, count);
+  store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
+}
+
+/// Adds those of a row through a curved activation, a block at a time.
+template <class D, Ending kEnding>
+BN_INLINE void add_curved_gradients(const BackwardParams& p, int64_t outer, int64_t column, int64_t width,
+                                    const Forwarded<D>& forwarded, typename D::Compute* first,
+                                    typename D::Compute* second) {
+  constexpr int64_t kMost = CurvedBlock<D>::kMost;
+  CurvedBlock<D> block;
+  for (int64_t begin = 0; begin < width; begin += kMost) {
+    const int64_t n = least(kMost, width - begin);
+    const Forwarded<D> here{forwarded.center + begin, forwarded.scale + begin, forwarded.shift + begin};
+    const auto forwarded_at = [=](int64_t c, auto count) BN_INLINED {
+      const auto at = [=](const auto* values) BN_INLINED { return load<Parameter<D>>(values + c, count); };
+      return ForwardedLanes<D>{at(here.center), at(here.scale), at(here.shift)};
+    };
+    UpstreamGradient<D, kEnding> row(p, outer, column, begin);
+    row.find(n, forwarded_at, block);
+    each_register<D>(0, n, [&](int64_t c, auto count) {
+      add_gradients<D, kEnding>(row, c, count, here, first + begin, second + begin);
+    });
+  }
+}
+
+/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments
+/// take them.
+template <class D, Ending kEnding>
+__attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
+                                                int64_t column, int64_t width, const Forwarded<D>& forwarded,
+                                                typename D::Compute* first, typename D::Compute* second) {
+  const int64_t ahead = rows_ahead(width, sizeof(typename D::Element));
+  const int64_t x_ahead = ahead * p.x_strides.outer, dy_ahead = ahead * p.dy_strides.outer;
+  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
+  for (int64_t r = rows.first; r < rows.last; ++r) {
+    if constexpr (kIsCurved<D>) {
+      add_curved_gradients<D, kEnding>(p, outers[r], column, width, forwarded, first, second);
+      continue;
+    }
+    const UpstreamGradient<D, kEnding> row(p, outers[r], column, 0);
+    each_pair<D>(width, [&](int64_t c, auto count) {
+      if (!kIsSecond<decltype(count)>) prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
+      add_gradients<D, kEnding>(row, c, count, forwarded, first, second);
+    });
   }
 }
 
@@ -126,8 +204,15 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
     s2 += dz * deviation;
   };
   for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
-    const auto row_at = [&](int64_t j) { return UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0); };
-    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide, plane == planes.first);
+    const int64_t rows = least(kRunRows, planes.last - plane);
+    if constexpr (kIsCurved<D>) {
+      typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
+      sum_few_gradients<D, kEnding>(p, outers, {plane, plane + rows}, c, width * inner, {center, scale, shift}, first, second);
+      add_columns<Parameter<D>>(width, inner, first, second, wide, plane == planes.first);
+    } else {
+      const auto row_at = [&](int64_t j) { return UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0); };
+      add_runs<D>(rows, width, inner, row_at, fetch, add, wide, plane == planes.first);
+    }
   }
   for (int64_t i = 0; i < width; ++i) {
     sum_dz[c + i] = wide[i].first.total();
@@ -151,30 +236,6 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
   for (int64_t c = channels.first; c < channels.last; c += kPlanes)
     plane_group_gradients<D, kEnding>(p, cut, outers, units, {c, least(c + kPlanes, channels.last)}, channels, forwarded,
                                       sum_dz, sum_dz_deviation);
-}
-
-/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments
-/// take them.
-template <class D, Ending kEnding>
-__attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
-                                                int64_t column, int64_t width, const Forwarded<D>& forwarded,
-                                                typename D::Compute* first, typename D::Compute* second) {
-  using P = Parameter<D>;
-  const int64_t ahead = rows_ahead(width, sizeof(typename D::Element));
-  const int64_t x_ahead = ahead * p.x_strides.outer, dy_ahead = ahead * p.dy_strides.outer;
-  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  for (int64_t r = rows.first; r < rows.last; ++r) {
-    const UpstreamGradient<D, kEnding> row(p, outers[r], column, 0);
-    each_pair<D>(width, [&](int64_t c, auto count) {
-      if (!kIsSecond<decltype(count)>) prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
-      const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
-      Vec<D> scale = {}, shift = {};
-      if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
-      const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
-      store<P>(first + c, load<P>(first + c, count) + dz, count);
-      store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
-    });
-  }
 }
 
 /// The same of some columns, as pairs of their elements are read.

@@ -54,6 +54,7 @@ struct NormalizeParams {
   void* y;
   Strides y_strides;
   Activation activation;
+  double activation_number;
   int64_t x_away, residual_away;  // to what is read soon: the next channels to be reduced; the next outer
 };
 
@@ -65,7 +66,6 @@ struct Normalize {
   using Element = typename D::Element;
   const NormalizeParams p;
   const Extent& extent;
-  [[no_unique_address]] const NumberOf<D> number = {};
 
   struct Channel {
     Vec<D> center, scale, shift, scale_rest;
@@ -78,12 +78,13 @@ struct Normalize {
     Element* out[1];
     const Element *x, *residual;
     MarksAt mask;
+    const typename D::Compute* found;  // what a curved activation has made
   };
   At at(int64_t outer, int64_t channel) const {
     return {{place(static_cast<Element*>(p.y), p.y_strides, outer, channel)},
             place(static_cast<const Element*>(p.x), p.x_strides, outer, channel),
             place(static_cast<const Element*>(p.residual), p.residual_strides, outer, channel),
-            kEnding == Ending::masked ? mask_place<D>(p.mask, extent, outer, channel, 0) : MarksAt{}};
+            kEnding == Ending::masked ? mask_place<D>(p.mask, extent, outer, channel, 0) : MarksAt{}, nullptr};
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   bool overwrites() const { return p.x == p.y; }
@@ -98,15 +99,31 @@ struct Normalize {
     advance(a.out[0], p.y_strides);
     if constexpr (kEnding == Ending::masked) a.mask.skip(mask_strides<D>(extent).outer);
   }
+  /// Before the residual and the activation.
   template <class Count>
-  __attribute__((always_inline)) Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  BN_INLINED Vec<D> normalized(const At& a, int64_t i, Count count, const Channel& k) const {
     prefetch_away(a.x + i, p.x_away, count);
     const Vec<D> deviation = load<D>(a.x + i, count) - k.center;
-    Vec<D> z;
     if constexpr (D::kWithRest)
-      z = multiply_add<D>(deviation, k.scale, multiply_add<D>(deviation, k.scale_rest, k.shift));
+      return multiply_add<D>(deviation, k.scale, multiply_add<D>(deviation, k.scale_rest, k.shift));
     else
-      z = deviation * k.scale + k.shift;
+      return deviation * k.scale + k.shift;
+  }
+  /// Finds y of n elements, as many as a block holds, at a curved activation; channel_at as map_run() takes it.
+  template <class ChannelAt>
+  void find(At& a, int64_t n, const ChannelAt& channel_at, CurvedBlock<D>& block) const {
+    each_register<D>(0, n, [&](int64_t i, auto count) BN_INLINED {
+      Vec<D> z = normalized(a, i, count, channel_at(i, count));
+      if (a.residual) z += load<D>(a.residual + i, count);
+      store<Parameter<D>>(block.z + i, z);
+    });
+    block.activate(p.activation, p.activation_number, n);
+    a.found = block.z;
+  }
+  template <class Count>
+  BN_INLINED Results<D, 1> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+    if constexpr (kIsCurved<D>) return {{load<Parameter<D>>(a.found + i, count)}};
+    Vec<D> z = normalized(a, i, count, k);
     if constexpr (kEnding == Ending::masked) {
       prefetch_away(a.residual + i, p.residual_away, count);
       z += load<D>(a.residual + i, count);
@@ -118,9 +135,7 @@ struct Normalize {
         prefetch_away(a.residual + i, p.residual_away, count);
         z += load<D>(a.residual + i, count);
       }
-      if constexpr (kIsCurved<D>)
-        z = apply_activation<D>(p.activation, number.value, z);
-      else if (p.activation == Activation::relu) z = relu(z);
+      if (p.activation == Activation::relu) z = relu(z);
     }
     return {{z}};
   }
@@ -172,8 +187,16 @@ struct NormalizeGradient {
     advance(a.out[0], p.dx_strides);
     if constexpr (kOutputs > 1) advance(a.out[1], p.dresidual_strides);
   }
+  template <class ChannelAt>
+  void find(At& a, int64_t n, const ChannelAt& channel_at, CurvedBlock<D>& block) const {
+    const auto forwarded_at = [&](int64_t i, auto count) BN_INLINED {
+      const auto& k = channel_at(i, count);
+      return ForwardedLanes<D>{k.center, k.forward_scale, k.forward_shift};
+    };
+    a.from.find(n, forwarded_at, block);
+  }
   template <class Count>
-  __attribute__((always_inline)) Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
+  BN_INLINED Results<D, kOutputs> operator()(const At& a, int64_t i, Count count, const Channel& k) const {
     prefetch_away(a.from.x + i, x_away, count);
     prefetch_away(a.from.dy + i, dy_away, count);
     const Vec<D> deviation = load<D>(a.from.x + i, count) - k.center;
@@ -238,6 +261,31 @@ BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int6
   else each_register_overlapping<D>(i, n, map_rest);
 }
 
+/// The same with a curved activation, at one place.
+template <class D, bool kStreamed, class Map, class ChannelAt>
+BN_INLINE void map_curved(const Map& map, typename Map::At place, int64_t n, const ChannelAt& channel_at) {
+  constexpr int64_t kMost = CurvedBlock<D>::kMost;
+  CurvedBlock<D> block;
+  typename Map::At at[1] = {place};
+  for (int64_t begin = 0; begin < n; begin += kMost) {
+    const int64_t count = least(kMost, n - begin);
+    const auto here = [&](int64_t i, auto lanes) BN_INLINED -> decltype(auto) { return channel_at(begin + i, lanes); };
+    map.find(at[0], count, here, block);
+    map_run<D, 1, kStreamed, false>(map, at, count, count, here);
+    map.skip(at[0], count);
+    for (int o = 0; o < Map::kOutputs; ++o)
+      if (at[0].out[o]) at[0].out[o] += count;
+  }
+}
+
+/// Applies a map to n adjacent elements at one place, as map_run() does.
+template <class D, bool kStreamed, bool kInPairs, class Map, class ChannelAt>
+BN_INLINE void map_adjacent(const Map& map, const typename Map::At (&at)[1], int64_t n, int64_t two,
+                            const ChannelAt& channel_at) {
+  if constexpr (kIsCurved<D>) map_curved<D, kStreamed>(map, at[0], n, channel_at);
+  else map_run<D, 1, kStreamed, kInPairs>(map, at, n, two, channel_at);
+}
+
 /// Applies a map to the planes of the channels, at the given outers.
 template <class D, bool kStreamed, class Map>
 __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
@@ -250,7 +298,7 @@ __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
       if constexpr (!kStreamed) prefetch_plane<D>(at[0].out[0] + map.channel_stride(), inner);
-      map_run<D, 1, kStreamed, !Map::kInOrder>(map, at, inner, inner, [&](int64_t, auto) -> const auto& { return k; });
+      map_adjacent<D, kStreamed, !Map::kInOrder>(map, at, inner, inner, [&](int64_t, auto) -> const auto& { return k; });
     }
   }
 }
@@ -274,7 +322,7 @@ __attribute__((flatten)) void map_runs(const Map map, const Extent& e,
         for (int k = 0; k < Map::kCoefficients; ++k) arrange<D>(run[k], two);
       for (int64_t j = 0; j < outers.count; ++j) {
         const typename Map::At at[1] = {map.at(outers[j], channel)};
-        map_run<D, 1, kStreamed, !Map::kInOrder>(map, at, n, two, [&](int64_t i, auto count) {
+        map_adjacent<D, kStreamed, !Map::kInOrder>(map, at, n, two, [&](int64_t i, auto count) {
           return typename Map::Channel([&](int k) { return load<Parameter<D>>(run[k] + i, count); });
         });
       }
@@ -293,11 +341,21 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
   });
 }
 
+/// Applies a map with a curved activation to `width` columns of `count` rows, as map_row_run() does.
+template <class D, bool kStreamed, class Map, class RowOf>
+__attribute__((flatten)) void map_curved_rows(const Map map, typename Map::At row, int64_t count, int64_t width,
+                                              const RowOf row_of) {
+  for (; count > 0; --count, map.next(row))
+    map_curved<D, kStreamed>(map, row, width, [=](int64_t i, auto lanes) {
+      return typename Map::Channel([=](int k) { return load<Parameter<D>>(row_of(k) + i, lanes); });
+    });
+}
+
 /// Applies a map to `width` columns of `count` rows, one after another; row_of(k): the coefficients. kInPairs: as in
 /// map_run().
 template <class D, bool kStreamed, bool kInPairs, class Map, class RowOf>
-__attribute__((flatten)) void map_row_run(const Map map, const typename Map::At row, int64_t count, int64_t width,
-                                          const RowOf row_of) {
+__attribute__((flatten, noinline)) void map_row_run(const Map map, const typename Map::At row, int64_t count,
+                                                    int64_t width, const RowOf row_of) {
   const int64_t two = kInPairs ? in_pairs<D>(width) : width;
   typename Map::At at[1] = {row};
   for (; count > 0; --count, map.next(at[0]))
@@ -306,14 +364,15 @@ __attribute__((flatten)) void map_row_run(const Map map, const typename Map::At 
     });
 }
 
-/// The same in pairs, for which it arranges the coefficients, kColumnBlock columns at most.
+/// The same with copies of the coefficients, kColumnBlock columns at most: arranged for pairs, and at distances that the
+/// compiler knows, as the addresses of six arrays would not leave it the registers for those of inputs and outputs.
 template <class D, bool kStreamed, class Map, class RowOf>
-void map_row_run_in_pairs(const Map& map, const typename Map::At& row, int64_t count, int64_t width, const RowOf& row_of) {
+void map_row_run_of_copies(const Map& map, const typename Map::At& row, int64_t count, int64_t width, const RowOf& row_of) {
   using Compute = typename D::Compute;
   alignas(64) Compute arranged[Map::kCoefficients][kSkewedBlock<D>];
   for (int k = 0; k < Map::kCoefficients; ++k) copy_arranged<D>(row_of(k), width, arranged[k]);
   const Compute* const first = arranged[0];
-  map_row_run<D, kStreamed, true>(map, row, count, width, [=](int k) { return first + k * kSkewedBlock<D>; });
+  map_row_run<D, kStreamed, D::kAlternates>(map, row, count, width, [=](int k) { return first + k * kSkewedBlock<D>; });
 }
 
 /// Applies a map to columns of the rows: one after another, as memory is quickest to read, where the coefficients stay
@@ -324,8 +383,9 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
               Range columns) {
   constexpr int kRows = 4, kNarrow = 6144 / sizeof(typename D::Compute);
   const int64_t width = columns.last - columns.first;
-  constexpr bool kOneByOne = kStreamed && kRegistersOfLine > 1, kInPairs = D::kAlternates && !Map::kInOrder;
-  constexpr int64_t kFewestInPairs = 8;
+  constexpr bool kOneByOne = kIsCurved<D> || (kStreamed && kRegistersOfLine > 1);
+  constexpr bool kCopied = !Map::kInOrder && !kIsCurved<D> && (D::kAlternates || (D::kTrained && Map::kCoefficients > 4));
+  constexpr int64_t kFewestRows = 8;
   const bool side_by_side = !kOneByOne && e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
     const int64_t count = least(outers.last - outer, rest_of_group(e, outer));
@@ -340,12 +400,13 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
     const typename Map::At at = map.at(outer, columns.first);
     const auto row_of = [=](int k) { return coefficients.row(k) + first; };
     outer += count;
-    if constexpr (kInPairs)
-      if (count >= kFewestInPairs && width <= kColumnBlock<D>) {
-        map_row_run_in_pairs<D, kStreamed>(map, at, count, width, row_of);
+    if constexpr (kCopied)
+      if (count >= kFewestRows && width <= kColumnBlock<D>) {
+        map_row_run_of_copies<D, kStreamed>(map, at, count, width, row_of);
         continue;
       }
-    map_row_run<D, kStreamed, false>(map, at, count, width, row_of);
+    if constexpr (kIsCurved<D>) map_curved_rows<D, kStreamed>(map, at, count, width, row_of);
+    else map_row_run<D, kStreamed, false>(map, at, count, width, row_of);
   }
 }
 

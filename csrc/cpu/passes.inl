@@ -52,7 +52,7 @@ void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typ
                Range columns, int64_t x_away) {
   const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
-                          x_away, many_planes ? p.residual_strides.outer : 0};
+                          p.activation_number, x_away, many_planes ? p.residual_strides.outer : 0};
   const auto map = [&](const auto& normalize) {
     map_elements<D>(normalize, writing, in_runs, p.extent, coefficients, outers, columns);
   };
@@ -63,7 +63,7 @@ void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typ
   else if (p.mask)
     map(Normalize<D, Ending::masked, true>{n, p.extent});
   else if (is_curved(p.activation))
-    map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent, {p.activation_number}}, Writing::cached,
+    map_elements<Curved<D>>(Normalize<Curved<D>, Ending::general>{n, p.extent}, writing,
                             in_runs, p.extent, coefficients, outers, columns);
   else
     map(Normalize<D, Ending::general>{n, p.extent});
@@ -168,7 +168,7 @@ struct Backward {
       map_elements<D>(NormalizeGradient<D, Ending::none, true>{kept, x_away, 0}, p.dresidual ? writing : Writing::cached,
                       run > 0, p.extent, work.coefficients, outers, columns);
     } else {
-      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, Writing::cached,
+      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, writing,
                               run > 0, p.extent, work.coefficients, outers, columns);
     }
   }

@@ -1,5 +1,5 @@
 // How adjacent elements are taken: register by register, the last ones of a run in a part of one, or two at once.
-// Included after vector.inl and activations.inl, inside a target region and an anonymous namespace.
+// Included after vector.inl, inside a target region and an anonymous namespace.
 
 /// A register's worth of lanes, where the number of lanes is otherwise given.
 struct All {};

@@ -42,17 +42,30 @@ int64_t channels_reduced_as_run(const Extent& e) {
   return shorter && channels_of_run<D>(e) ? kReducedRun / e.inner / 8 * 8 : 0;
 }
 
-/// How many registers of a run are summed at once: as many as have room for both sums.
-template <class D>
-constexpr int kRegistersOfRun = kIsCurved<D> ? 2 : 6;
+constexpr int kRegisters = 6;  // are summed at once: as many as have room for both sums
 
 /// What a reduction adds up with: each channel's value in all its elements of a run, as it reads those.
 template <class D>
 BN_INLINE void spread_to_reduce(const typename D::Compute* values, int64_t channels, int64_t inner,
                                 typename D::Compute* run) {
-  constexpr int64_t kAtOnce = kRegistersOfRun<D> * kLanes<D>;
+  constexpr int64_t kAtOnce = kRegisters * kLanes<D>;
   spread<Parameter<D>>(values, channels, inner, run);
   arrange<D>(run, channels * inner / kAtOnce * kAtOnce);
+}
+
+/// Two sums of each channel over its elements of a run.
+template <class P>
+BN_INLINE void add_columns(int64_t channels, int64_t inner, const typename P::Compute* first,
+                           const typename P::Compute* second, WideSums<P>* wide, bool begin) {
+  for (int64_t c = 0; c < channels; ++c) {
+    Sums<P> sums;
+    const auto add_column = [&](int64_t k, auto lanes, Vec<P>& s1, Vec<P>& s2) {
+      s1 += keep<P>(load<P>(first + c * inner + k, lanes), lanes);
+      s2 += keep<P>(load<P>(second + c * inner + k, lanes), lanes);
+    };
+    sums.add(inner, add_column, [](int64_t) {});
+    wide[c].add(sums, begin);
+  }
 }
 
 /// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
@@ -63,7 +76,6 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
                         const Add& add, WideSums<Parameter<D>>* wide, bool begin) {
   using P = Parameter<D>;
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
-  constexpr int kRegisters = kRegistersOfRun<D>;
   const int64_t width = channels * inner;
   typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
   int64_t i = 0;
@@ -95,13 +107,5 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
     }
     store<P>(first + at, s1, lanes), store<P>(second + at, s2, lanes);
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    Sums<P> sums;
-    const auto add_column = [&](int64_t k, auto lanes, Vec<P>& s1, Vec<P>& s2) {
-      s1 += keep<P>(load<P>(first + c * inner + k, lanes), lanes);
-      s2 += keep<P>(load<P>(second + c * inner + k, lanes), lanes);
-    };
-    sums.add(inner, add_column, [](int64_t) {});
-    wide[c].add(sums, begin);
-  }
+  add_columns<P>(channels, inner, first, second, wide, begin);
 }
