@@ -124,6 +124,27 @@ def test_hooks_and_frozen_parameters(fused):
     assert seen == ["before", "after"] and x.grad is not None and layer.weight.grad is None
 
 
+class Stop(torch.autograd.Function):
+    """The identity, which lets no gradient through: not zeros, none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@both_paths
+def test_without_a_gradient_there_are_none(fused):
+    layers = pair(nn.BatchNorm1d, torch_bn.BatchNorm1d, fused)
+    for layer in layers:
+        x = torch.randn(7, 5, requires_grad=True)
+        Stop.apply(layer(x)).sum().backward()
+        assert x.grad is layer.weight.grad is layer.bias.grad is None
+
+
 @both_paths
 def test_autocast_changes_nothing(fused):
     layer = torch_bn.BatchNorm2d(5, fused=fused)

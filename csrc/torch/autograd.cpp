@@ -84,21 +84,21 @@ struct Constants {
   /// The derivative of z depends on z, not only on its sign.
   bool curved() const { return activation > Activation::relu; }
 
-  /// NB: a tiny layer's backward notices every element of the tuple.
+  /// NB: a tiny layer's backward notices every element of the tuple, and more than three are memory of their own.
   c10::IValue pack() const {
-    const int64_t flags =
-        training | first << 1 | second << 2 | masked << 3 | channels_last << 4 | int64_t(activation) << 5;
-    if (has_number(activation)) return c10::ivalue::Tuple::create(flags, eps, axis, groups, number);
-    return c10::ivalue::Tuple::create(flags, eps, axis, groups);
+    const int64_t whole = training | first << 1 | second << 2 | masked << 3 | channels_last << 4 |
+                          int64_t(activation) << 8 | (axis & 0xffff) << 16 | groups << 32;
+    if (has_number(activation)) return c10::ivalue::Tuple::create(whole, eps, number);
+    return c10::ivalue::Tuple::create(whole, eps);
   }
   static Constants unpack(const c10::IValue& packed) {
     const auto tuple = packed.toTuple();
     const auto& v = tuple->elements();
-    const int64_t flags = v[0].toInt();
-    const auto flag = [=](int place) { return bool(flags >> place & 1); };
-    const double number = v.size() > 4 ? (v.end() - 1)->toDouble() : 0;
-    return {flag(0), v[1].toDouble(), v[2].toInt(), v[3].toInt(), Activation(flags >> 5), number, flag(1), flag(2),
-            flag(3), flag(4)};
+    const int64_t whole = v[0].toInt();
+    const auto flag = [=](int place) { return bool(whole >> place & 1); };
+    const double number = v.size() > 2 ? v[2].toDouble() : 0;
+    return {flag(0), v[1].toDouble(), int16_t(whole >> 16), whole >> 32, Activation(uint8_t(whole >> 8)), number,
+            flag(1), flag(2), flag(3), flag(4)};
   }
 };
 
@@ -409,6 +409,21 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
 };
 
 }  // namespace
+}  // namespace torch_bn
+
+/// NB: torch's own demangles the name of the node's type at every call.
+template <>
+torch::autograd::variable_list torch::autograd::CppNode<torch_bn::BatchNorm>::apply(variable_list&& gradients) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!gradients[0].defined()) return variable_list(num_outputs());
+  variable_list all = torch_bn::BatchNorm::backward(&ctx_, gradients), found;
+  found.reserve(num_outputs());
+  for (size_t i = 0; i < all.size(); ++i)
+    if (is_variable_input_[i]) found.push_back(std::move(all[i]));
+  return found;
+}
+
+namespace torch_bn {
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
