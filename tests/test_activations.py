@@ -42,6 +42,27 @@ def away_from_the_kink(dy: Tensor, z: Tensor, activation: Any) -> Tensor:
     return dy if kink is None else dy.masked_fill((z.abs() - kink).abs() < 0.05, 0)
 
 
+def check_against_torch(shape, dtype, layouts, activation, training, fused, tolerances):
+    ours, theirs = layers(shape[1], dtype, activation=activation, fused=fused)
+    ours.train(training), theirs.train(training)
+    x, residual = (LAYOUTS[layout](torch.randn(shape).to(dtype)).requires_grad_() for layout in layouts)
+    wide = [t.detach().double().requires_grad_() for t in (x, residual)]
+    z = theirs(wide[0]) + wide[1]
+    expected = FUNCTIONS[activation](z)
+    y = ours(x, residual)
+    dy = away_from_the_kink(torch.randn(shape).to(dtype), z, activation)
+    gradients = torch.autograd.grad(y, (x, residual, ours.weight, ours.bias), dy)
+    exact = torch.autograd.grad(expected, (*wide, theirs.weight, theirs.bias), dy.double())
+    tolerance = tolerances[dtype]
+    torch.testing.assert_close(y.double(), expected, **tolerance)
+    assert y.dtype == dtype and y.stride() == ours.eval()(x).stride()
+    torch.testing.assert_close(gradients[0].double(), exact[0], rtol=0, atol=20 * tolerance["atol"])
+    torch.testing.assert_close(gradients[1].double(), exact[1], **tolerance)
+    summed = tolerances[torch.float64 if dtype == torch.float64 else torch.float32]
+    for actual, wanted in zip(gradients[2:], exact[2:], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, rtol=summed["rtol"], atol=100 * summed["atol"])
+
+
 @both_paths
 @in_both_modes
 @each_activation
@@ -49,24 +70,17 @@ def away_from_the_kink(dy: Tensor, z: Tensor, activation: Any) -> Tensor:
 @each_dtype
 def test_agrees_with_torchs_functions_in_float64(dtype, layouts, activation, training, fused, tolerances):
     for shape in SHAPES:
-        ours, theirs = layers(shape[1], dtype, activation=activation, fused=fused)
-        ours.train(training), theirs.train(training)
-        x, residual = (LAYOUTS[layout](torch.randn(shape).to(dtype)).requires_grad_() for layout in layouts)
-        wide = [t.detach().double().requires_grad_() for t in (x, residual)]
-        z = theirs(wide[0]) + wide[1]
-        expected = FUNCTIONS[activation](z)
-        y = ours(x, residual)
-        dy = away_from_the_kink(torch.randn(shape).to(dtype), z, activation)
-        gradients = torch.autograd.grad(y, (x, residual, ours.weight, ours.bias), dy)
-        exact = torch.autograd.grad(expected, (*wide, theirs.weight, theirs.bias), dy.double())
-        tolerance = tolerances[dtype]
-        torch.testing.assert_close(y.double(), expected, **tolerance)
-        assert y.dtype == dtype and y.stride() == ours.eval()(x).stride()
-        torch.testing.assert_close(gradients[0].double(), exact[0], rtol=0, atol=20 * tolerance["atol"])
-        torch.testing.assert_close(gradients[1].double(), exact[1], **tolerance)
-        summed = tolerances[torch.float64 if dtype == torch.float64 else torch.float32]
-        for actual, wanted in zip(gradients[2:], exact[2:], strict=True):
-            torch.testing.assert_close(actual.double(), wanted, rtol=summed["rtol"], atol=100 * summed["atol"])
+        check_against_torch(shape, dtype, layouts, activation, training, fused, tolerances)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_dtype
+def test_agrees_around_the_length_that_is_activated_at_once(dtype, layout, activation, tolerances):
+    for length in (511, 512, 513, 1025):
+        shape = (3, 2, length, 1) if layout == "contiguous" else (6, length, 1, 2)
+        check_against_torch(shape, dtype, (layout, layout), activation, True, True, tolerances)
 
 
 SPECIAL = [
