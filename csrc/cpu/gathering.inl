@@ -73,7 +73,8 @@ __attribute__((flatten)) void gather_planes(const Map map, const Extent& e,
       for (int64_t i = 0; i < inner; i += kMost, map.skip(at[0], kMost)) {
         const int64_t count = least(kMost, inner - i);
         for (int o = 0; o < Map::kOutputs; ++o) at[0].out[o] = gathered[o].next(count);
-        map_adjacent<D, false, !Map::kInOrder>(map, at, count, count, [&](int64_t, auto) -> const auto& { return k; });
+        map_adjacent<D, false, !Map::kInOrder>(map, at, count, in_twos<D>(map, count),
+                                               [&](int64_t, auto) -> const auto& { return k; });
       }
     }
     for (int o = 0; o < Map::kOutputs; ++o) gathered[o].finish();

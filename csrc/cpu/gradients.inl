@@ -68,9 +68,9 @@ struct UpstreamGradient {
     }
     const Vec<D> gradient = load<D>(dy + i, count);
     if constexpr (kEnding == Ending::masked) return keep_marked<D>(gradient, mask, i, count);
-    if (kEnding == Ending::none || activation == Activation::none) return gradient;
+    if (kEnding == Ending::none || (kEnding == Ending::general && activation == Activation::none)) return gradient;
     Vec<D> z = deviation * scale + shift;
-    if (residual) z += load<D>(residual + i, count);
+    if (kEnding == Ending::general && residual) z += load<D>(residual + i, count);
     return relu_gradient(z, gradient);
   }
 };
@@ -124,7 +124,8 @@ BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding>& row, int64_t c,
   using P = Parameter<D>;
   const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
   Vec<D> scale = {}, shift = {};
-  if constexpr (kEnding == Ending::general) scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
+  if constexpr (forwards_again(kEnding))
+    scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
   const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
   store<P>(first + c, load<P>(first + c, count) + dz, count);
   store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
@@ -181,7 +182,7 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
                                             double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   const int64_t inner = p.extent.inner, c = channels.first, width = channels.last - c;
   const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
-  constexpr bool kForwarded = kEnding == Ending::general;
+  constexpr bool kForwarded = forwards_again(kEnding);
   typename D::Compute center[kReducedRun + kSlack], scale[kForwarded ? kReducedRun + kSlack : 1],
       shift[kForwarded ? kReducedRun + kSlack : 1];
   WideSums<Parameter<D>> wide[kRunChannels];
@@ -241,7 +242,7 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
 /// The same of some columns, as pairs of their elements are read.
 template <class D, Ending kEnding>
 struct ArrangedForwarded {
-  static constexpr int kArranged = D::kAlternates ? (kEnding == Ending::general ? 3 : 1) : 0;
+  static constexpr int kArranged = D::kAlternates ? (forwards_again(kEnding) ? 3 : 1) : 0;
   typename D::Compute memory[kArranged][kSkewedBlock<D>];
   Forwarded<D> here;
 

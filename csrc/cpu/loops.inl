@@ -14,9 +14,13 @@ void parallel_for(const Executor& executor, int64_t count, int64_t grain, const 
       const_cast<Body*>(&body));
 }
 
-/// What comes after the normalisation, as far as the loops differ: nothing; anything, of which backward finds the
-/// derivative again; or a residual and then relu, of which a mask is kept.
-enum class Ending { none, general, masked };
+/// What comes after the normalisation, as far as the loops differ: nothing; relu alone; anything, also a gradient to leave
+/// out; or a residual and then relu, of which a mask is kept.
+enum class Ending { none, relu, general, masked };
+
+/// Whether backward finds again what came before the ending, and whether it has two gradients to write.
+constexpr bool forwards_again(Ending ending) { return ending == Ending::relu || ending == Ending::general; }
+constexpr bool has_two_gradients(Ending ending) { return ending == Ending::general || ending == Ending::masked; }
 
 /// Two sums over the same elements, in four independent chains.
 template <class D>
@@ -204,6 +208,14 @@ constexpr int kPlanes = 8;  // channels that are reduced side by side: one alone
 
 /// NB: GCC drops a call that does nothing but prefetch, unless it is inlined before it looks.
 #define BN_FETCHES BN_INLINED
+
+/// The same number or address, as one of which the compiler knows nothing: in a loop it else keeps one for each array, and
+/// has no registers for so many.
+template <class T>
+BN_INLINE T opaque(T value) {
+  asm("" : "+r"(value));
+  return value;
+}
 
 /// Asks for what is going to be read next.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place); }

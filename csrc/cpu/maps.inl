@@ -1,7 +1,5 @@
 // The two maps over the elements: x to y, and (dy, x) to dx. Each is written for one register; the walk over planes,
 // where a channel's coefficients are constant, and over rows, where they change from lane to lane, is shared.
-// Ending::none: only x to y, or (dy, x) to dx; general: there may be an activation, a residual, or a gradient to leave
-// out.
 // kStreamed: the output goes past the caches. A template argument, as a branch in the innermost loop costs a tenth.
 
 template <class Element>
@@ -56,6 +54,7 @@ struct NormalizeParams {
   Activation activation;
   double activation_number;
   int64_t x_away, residual_away;  // to what is read soon: the next channels to be reduced; the next outer
+  bool from_cache;                // comes x, as a reduction has just read it
 };
 
 /// x to y with coefficients center, scale, shift and, for F32, scale_rest. kWithin: as in mark().
@@ -88,6 +87,7 @@ struct Normalize {
   }
   int64_t channel_stride() const { return p.y_strides.channel; }
   bool overwrites() const { return p.x == p.y; }
+  bool from_cache() const { return p.from_cache; }
   static void skip(At& a, int64_t count) {
     a.x += count;
     if (a.residual) a.residual += count;
@@ -130,6 +130,7 @@ struct Normalize {
       mark<D, kWithin>(a.mask, i, z, count);
       z = relu(z);
     }
+    if constexpr (kEnding == Ending::relu) z = relu(z);
     if constexpr (kEnding == Ending::general) {
       if (a.residual) {
         prefetch_away(a.residual + i, p.residual_away, count);
@@ -145,18 +146,19 @@ struct Normalize {
 /// kInPlace: dx may be where dy is.
 template <class D, Ending kEnding, bool kInPlace = false>
 struct NormalizeGradient {
-  static constexpr int kOutputs = kEnding == Ending::none ? 1 : 2, kCoefficients = kEnding == Ending::general ? 6 : 4;
-  static constexpr bool kMayLackOutput = kEnding != Ending::none, kInOrder = false;
+  static constexpr int kOutputs = has_two_gradients(kEnding) ? 2 : 1, kCoefficients = forwards_again(kEnding) ? 6 : 4;
+  static constexpr bool kMayLackOutput = has_two_gradients(kEnding), kInOrder = false;
   using Element = typename D::Element;
   const BackwardParams& p;
   const int64_t x_away, dy_away;  // as in Normalize
+  const bool cached;
 
   struct Channel {
     Vec<D> center, slope, bend, shift, forward_scale, forward_shift;
     template <class Read>
     explicit Channel(const Read& read)
         : center(read(0)), slope(read(1)), bend(read(2)), shift(read(3)), forward_scale{}, forward_shift{} {
-      if constexpr (kEnding == Ending::general) forward_scale = read(4), forward_shift = read(5);
+      if constexpr (forwards_again(kEnding)) forward_scale = read(4), forward_shift = read(5);
     }
   };
   struct At {
@@ -173,6 +175,7 @@ struct NormalizeGradient {
   }
   int64_t channel_stride() const { return p.dx_strides.channel; }
   static constexpr bool overwrites() { return kInPlace; }
+  bool from_cache() const { return cached; }
   static void skip(At& a, int64_t count) {
     a.from.dy += count;
     a.from.x += count;
@@ -216,13 +219,11 @@ struct Coefficients {
   static int64_t apart(int64_t length) { return length + kCacheSkew / int64_t(sizeof(T)); }
 };
 
-/// Writes what one step of a walk makes: as many registers of results as fill one of elements.
-template <class D, bool kStreamed>
-BN_INLINE void put(typename D::Element* to, Whole<D> elements) {
-  if constexpr (kStreamed)
-    stream<D>(to, elements);
-  else
-    __builtin_memcpy(to, &elements, sizeof elements);
+/// How many of n adjacent elements a map takes two registers at once. Parts of a line only from a cache: memory is read
+/// quickest by the smallest steps.
+template <class D, class Map>
+BN_INLINE int64_t in_twos(const Map& map, int64_t n) {
+  return kNarrowing<D> > 1 || map.from_cache() ? n : 0;
 }
 
 /// Applies a map to n adjacent elements at kRows places side by side, as far as `two` two registers at once; channel_at(i,
@@ -231,34 +232,56 @@ BN_INLINE void put(typename D::Element* to, Whole<D> elements) {
 template <class D, int kRows, bool kStreamed, bool kInPairs, class Map, class ChannelAt>
 BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int64_t n, int64_t two,
                        const ChannelAt& channel_at) {
+  using Element = typename D::Element;
   constexpr int64_t L = kLanes<D>;
-  constexpr bool kSingle = kNarrowing<D> == 1;
+  // NB: two outputs are written past the caches a line each in turn; half lines in turn take twice the time.
+  constexpr int kPairs = kStreamed && Map::kOutputs > 1 && kNarrowing<D> > 1 ? kRegistersOfLine : 1;
   int64_t i = 0;
-  const auto map_two = [&](int64_t second, auto one, auto other) BN_INLINED {
-    const auto &k = channel_at(i, one), &next = channel_at(second, other);
+  const auto map_pairs = [&](auto pairs, int64_t apart, auto one, auto other) BN_INLINED {
+    constexpr int kCount = decltype(pairs)::value;
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
-      const auto results = map(at[row], i, one, k), others = kSingle ? results : map(at[row], second, other, next);
+      Results<D, Map::kOutputs> firsts[kCount], seconds[kCount];
+#pragma GCC unroll 2
+      for (int pair = 0; pair < kCount; ++pair) {
+        const int64_t first = i + pair * 2 * L, second = first + apart;
+        const auto &k = channel_at(first, one), &next = channel_at(second, other);
+        firsts[pair] = map(at[row], first, one, k), seconds[pair] = map(at[row], second, other, next);
+      }
 #pragma GCC unroll 2
       for (int o = 0; o < Map::kOutputs; ++o) {
         if (Map::kMayLackOutput && !at[row].out[o]) continue;
-        put<D, kStreamed>(at[row].out[o] + i, narrow_two<D>(results.values[o], others.values[o], one));
+#pragma GCC unroll 2
+        for (int pair = 0; pair < kCount; ++pair)
+          put_two<D, kStreamed>(at[row].out[o] + i + pair * 2 * L, firsts[pair].values[o], seconds[pair].values[o], one);
       }
     }
   };
-  for (; i + kNarrowing<D> * L <= two; i += kNarrowing<D> * L)
-    if constexpr (kInPairs && !kSingle) map_two(i, First{}, Second{});
-    else map_two(i + L, All{}, All{});
+  const int64_t paired = kTakesTwo<D> ? two / (2 * L) * (2 * L) : 0;
+  const auto map_all = [&](auto pairs) BN_INLINED {
+    constexpr int64_t kStep = decltype(pairs)::value * 2 * L;
+    for (const int64_t end = paired / kStep * kStep; i < end; i += kStep) {
+      i = opaque(i);
+      if constexpr (kInPairs) map_pairs(pairs, 0, First{}, Second{});
+      else map_pairs(pairs, L, All{}, All{});
+    }
+  };
+  map_all(Number<kPairs>{});
+  if constexpr (kPairs > 1) map_all(Number<1>{});
   const auto map_rest = [&](int64_t rest, auto count) {
     const auto& k = channel_at(rest, count);
     for (int row = 0; row < kRows; ++row) {
       const auto results = map(at[row], rest, count, k);
-      for (int o = 0; o < Map::kOutputs; ++o)
-        if (!Map::kMayLackOutput || at[row].out[o]) store<D>(at[row].out[o] + rest, results.values[o], count);
+      for (int o = 0; o < Map::kOutputs; ++o) {
+        if (Map::kMayLackOutput && !at[row].out[o]) continue;
+        Element* const to = at[row].out[o] + rest;
+        if constexpr (kNarrowing<D> == 1 && kIsAll<decltype(count)>) put<D, kStreamed>(to, D::narrow(results.values[o]));
+        else store<D>(to, results.values[o], count);
+      }
     }
   };
-  if (map.overwrites()) each_register<D>(i, n, map_rest);
-  else each_register_overlapping<D>(i, n, map_rest);
+  if (map.overwrites()) each_register<D>(paired, n, map_rest);
+  else each_register_overlapping<D>(paired, n, map_rest);
 }
 
 /// The same with a curved activation, at one place.
@@ -291,14 +314,14 @@ template <class D, bool kStreamed, class Map>
 __attribute__((flatten)) void map_planes(const Map map, const Extent& e,
                                          const Coefficients<typename D::Compute>& coefficients, Range outers,
                                          Range channels) {
-  const int64_t inner = e.inner;
+  const int64_t inner = e.inner, two = in_twos<D>(map, inner);
   for (int64_t outer = outers.first; outer < outers.last; ++outer) {
     const int64_t group = group_of(e, outer) * coefficients.columns;
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const typename Map::At at[1] = {map.at(outer, channel)};
       if constexpr (!kStreamed) prefetch_plane<D>(at[0].out[0] + map.channel_stride(), inner);
-      map_adjacent<D, kStreamed, !Map::kInOrder>(map, at, inner, inner, [&](int64_t, auto) -> const auto& { return k; });
+      map_adjacent<D, kStreamed, !Map::kInOrder>(map, at, inner, two, [&](int64_t, auto) -> const auto& { return k; });
     }
   }
 }
@@ -315,7 +338,7 @@ __attribute__((flatten)) void map_runs(const Map map, const Extent& e,
     const GroupOuters outers = grouping.outers(group);
     for (int64_t channel = channels.first; channel < channels.last; channel += at_once) {
       const int64_t some = least(at_once, channels.last - channel);
-      const int64_t n = some * inner, two = in_pairs<D>(n);
+      const int64_t n = some * inner, two = in_twos<D>(map, in_pairs<D>(n));
       for (int k = 0; k < Map::kCoefficients; ++k)
         spread<Parameter<D>>(coefficients.row(k) + group * coefficients.columns + channel, some, inner, run[k]);
       if constexpr (!Map::kInOrder)
@@ -336,43 +359,46 @@ __attribute__((flatten)) void map_row_group(const Map map, const typename Map::A
                                             const Coefficients<typename D::Compute> coefficients, int64_t first) {
   typename Map::At at[kRows];
   __builtin_memcpy(at, rows, sizeof at);
-  map_run<D, kRows, kStreamed, false>(map, at, width, width, [=](int64_t i, auto count) {
+  map_run<D, kRows, kStreamed, false>(map, at, width, in_twos<D>(map, width), [=](int64_t i, auto count) {
     return typename Map::Channel([=](int k) { return load<Parameter<D>>(coefficients.row(k) + first + i, count); });
   });
 }
 
-/// Applies a map with a curved activation to `width` columns of `count` rows, as map_row_run() does.
-template <class D, bool kStreamed, class Map, class RowOf>
-__attribute__((flatten)) void map_curved_rows(const Map map, typename Map::At row, int64_t count, int64_t width,
-                                              const RowOf row_of) {
-  for (; count > 0; --count, map.next(row))
-    map_curved<D, kStreamed>(map, row, width, [=](int64_t i, auto lanes) {
-      return typename Map::Channel([=](int k) { return load<Parameter<D>>(row_of(k) + i, lanes); });
-    });
-}
+/// Coefficients of adjacent columns: each kind `apart` from the one before, a number that the compiler may know.
+template <class T, class Apart>
+struct ColumnCoefficients {
+  const T* first;
+  Apart apart;
+};
 
-/// Applies a map to `width` columns of `count` rows, one after another; row_of(k): the coefficients. kInPairs: as in
-/// map_run().
-template <class D, bool kStreamed, bool kInPairs, class Map, class RowOf>
-__attribute__((flatten, noinline)) void map_row_run(const Map map, const typename Map::At row, int64_t count,
-                                                    int64_t width, const RowOf row_of) {
-  const int64_t two = kInPairs ? in_pairs<D>(width) : width;
-  typename Map::At at[1] = {row};
-  for (; count > 0; --count, map.next(at[0]))
-    map_run<D, 1, kStreamed, kInPairs>(map, at, width, two, [=](int64_t i, auto lanes) {
-      return typename Map::Channel([=](int k) { return load<Parameter<D>>(row_of(k) + i, lanes); });
+/// Applies a map to `width` columns of `count` rows, one after another. kInPairs: as in map_run().
+template <class D, bool kStreamed, bool kInPairs, class Map, class Apart>
+__attribute__((flatten, noinline)) void map_row_run(const Map map, typename Map::At row, int64_t count, int64_t width,
+                                                    const ColumnCoefficients<typename D::Compute, Apart> coefficients) {
+  const int64_t two = in_twos<D>(map, kInPairs ? in_pairs<D>(width) : width);
+  for (; count > 0; --count, map.next(row)) {
+    const typename Map::At at[1] = {row};
+    map_adjacent<D, kStreamed, kInPairs>(map, at, width, two, [=](int64_t i, auto lanes) {
+      const auto* const place = coefficients.first + i;
+      const auto* const here = D::kAlternates ? opaque(place) : place;
+      return typename Map::Channel([=](int k) { return load<Parameter<D>>(here + k * coefficients.apart, lanes); });
     });
+  }
 }
 
 /// The same with copies of the coefficients, kColumnBlock columns at most: arranged for pairs, and at distances that the
-/// compiler knows, as the addresses of six arrays would not leave it the registers for those of inputs and outputs.
-template <class D, bool kStreamed, class Map, class RowOf>
-void map_row_run_of_copies(const Map& map, const typename Map::At& row, int64_t count, int64_t width, const RowOf& row_of) {
+/// compiler knows, as the addresses of all arrays would not leave it the registers for those of inputs and outputs.
+template <class D, bool kStreamed, class Map>
+void map_row_run_of_copies(const Map& map, const typename Map::At& row, int64_t count, int64_t width,
+                           const ColumnCoefficients<typename D::Compute, int64_t>& coefficients) {
   using Compute = typename D::Compute;
+  struct Apart {
+    operator int64_t() const { return kSkewedBlock<D>; }
+  };
   alignas(64) Compute arranged[Map::kCoefficients][kSkewedBlock<D>];
-  for (int k = 0; k < Map::kCoefficients; ++k) copy_arranged<D>(row_of(k), width, arranged[k]);
-  const Compute* const first = arranged[0];
-  map_row_run<D, kStreamed, D::kAlternates>(map, row, count, width, [=](int k) { return first + k * kSkewedBlock<D>; });
+  for (int k = 0; k < Map::kCoefficients; ++k)
+    copy_arranged<D>(coefficients.first + k * coefficients.apart, width, arranged[k]);
+  map_row_run<D, kStreamed, D::kAlternates>(map, row, count, width, ColumnCoefficients<Compute, Apart>{arranged[0], {}});
 }
 
 /// Applies a map to columns of the rows: one after another, as memory is quickest to read, where the coefficients stay
@@ -384,7 +410,8 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
   constexpr int kRows = 4, kNarrow = 6144 / sizeof(typename D::Compute);
   const int64_t width = columns.last - columns.first;
   constexpr bool kOneByOne = kIsCurved<D> || (kStreamed && kRegistersOfLine > 1);
-  constexpr bool kCopied = !Map::kInOrder && !kIsCurved<D> && (D::kAlternates || (D::kTrained && Map::kCoefficients > 4));
+  constexpr bool kManyAddresses = kRegistersOfLine > 1 || Map::kCoefficients > 4;
+  constexpr bool kCopied = D::kTrained && kManyAddresses && !kIsCurved<D> && !(D::kAlternates && Map::kInOrder);
   constexpr int64_t kFewestRows = 8;
   const bool side_by_side = !kOneByOne && e.channels > kNarrow && !is_near(e, sizeof(typename D::Element));
   for (int64_t outer = outers.first; outer < outers.last;) {
@@ -398,15 +425,15 @@ void map_rows(const Map& map, const Extent& e, const Coefficients<typename D::Co
       continue;
     }
     const typename Map::At at = map.at(outer, columns.first);
-    const auto row_of = [=](int k) { return coefficients.row(k) + first; };
+    const ColumnCoefficients<typename D::Compute, int64_t> here{coefficients.row(0) + first,
+                                                                coefficients.apart(coefficients.length)};
     outer += count;
     if constexpr (kCopied)
       if (count >= kFewestRows && width <= kColumnBlock<D>) {
-        map_row_run_of_copies<D, kStreamed>(map, at, count, width, row_of);
+        map_row_run_of_copies<D, kStreamed>(map, at, count, width, here);
         continue;
       }
-    if constexpr (kIsCurved<D>) map_curved_rows<D, kStreamed>(map, at, count, width, row_of);
-    else map_row_run<D, kStreamed, false>(map, at, count, width, row_of);
+    map_row_run<D, kStreamed, false>(map, at, count, width, here);
   }
 }
 

@@ -46,18 +46,20 @@ P folded_map(P p, const Folding& f) {
   return p;
 }
 
-/// x_away: how many elements away what will be read soon lies, 0 for nothing.
+/// x_away: how many elements away what will be read soon lies, 0 for nothing. from_cache: comes x.
 template <class D, class P>
 void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typename D::Compute>& coefficients, Range outers,
-               Range columns, int64_t x_away) {
+               Range columns, int64_t x_away, bool from_cache) {
   const bool many_planes = p.extent.inner > 1 && outers.last - outers.first > 1;
   const NormalizeParams n{p.x, p.x_strides, p.residual, p.residual_strides, p.mask, p.y, p.y_strides, p.activation,
-                          p.activation_number, x_away, many_planes ? p.residual_strides.outer : 0};
+                          p.activation_number, x_away, many_planes ? p.residual_strides.outer : 0, from_cache};
   const auto map = [&](const auto& normalize) {
     map_elements<D>(normalize, writing, in_runs, p.extent, coefficients, outers, columns);
   };
   if (p.activation == Activation::none && !p.residual)
     map(Normalize<D, Ending::none>{n, p.extent});
+  else if (p.activation == Activation::relu && !p.residual)
+    map(Normalize<D, Ending::relu>{n, p.extent});
   else if (p.mask && channels_of_whole_bytes<D>(p.mask, p.extent) == 1)
     map(Normalize<D, Ending::masked>{n, p.extent});
   else if (p.mask)
@@ -101,7 +103,7 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, next * p.x_strides.channel);
+    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, next * p.x_strides.channel, true);
   }
 };
 
@@ -137,12 +139,16 @@ struct Backward {
     return p;
   }
   bool map_reads_more() const { return false; }
+  /// Whether what is mapped comes from a cache: x and dy of large planes fill the nearer ones before they are.
+  bool from_cache() const { return p.extent.inner == 1 || writing != Writing::streamed; }
   void prepare(Range channels) const { prepare_gradients(given, work, channels); }
   void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     if (p.activation == Activation::none)
       reduce<D, Ending::none>(group, slice, columns, next);
     else if (p.mask)
       reduce<D, Ending::masked>(group, slice, columns, next);
+    else if (p.activation == Activation::relu && !p.residual)
+      reduce<D, Ending::relu>(group, slice, columns, next);
     else if (is_curved(p.activation))
       reduce<Curved<D>, Ending::general>(group, slice, columns, next);
     else
@@ -165,10 +171,10 @@ struct Backward {
       BackwardParams kept = p;
       kept.dy = p.dresidual ? p.dresidual : p.dx;
       kept.dy_strides = p.dresidual ? p.dresidual_strides : p.dx_strides;
-      map_elements<D>(NormalizeGradient<D, Ending::none, true>{kept, x_away, 0}, p.dresidual ? writing : Writing::cached,
-                      run > 0, p.extent, work.coefficients, outers, columns);
+      map_elements<D>(NormalizeGradient<D, Ending::none, true>{kept, x_away, 0, from_cache()},
+                      p.dresidual ? writing : Writing::cached, run > 0, p.extent, work.coefficients, outers, columns);
     } else {
-      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away}, writing,
+      map_elements<Curved<D>>(NormalizeGradient<Curved<D>, Ending::general>{p, x_away, dy_away, from_cache()}, writing,
                               run > 0, p.extent, work.coefficients, outers, columns);
     }
   }
@@ -179,13 +185,16 @@ struct Backward {
       map_elements<D>(gradient, writing, run > 0, p.extent, work.coefficients, outers, columns);
     };
     if (p.activation == Activation::none && !p.dresidual)
-      map(NormalizeGradient<D, Ending::none>{p, x_away, dy_away});
+      map(NormalizeGradient<D, Ending::none>{p, x_away, dy_away, from_cache()});
     else if (p.mask)
-      map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away});
+      map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away, from_cache()});
+    else if (p.activation == Activation::relu && !p.residual && !p.dresidual)
+      map(NormalizeGradient<D, Ending::relu>{p, x_away, dy_away, from_cache()});
     else if (is_curved(p.activation))
       map_curved(outers, columns, x_away, dy_away);
     else
-      map(NormalizeGradient<D, Ending::general>{p, x_away, dy_away});
+      map_elements<D, false>(NormalizeGradient<D, Ending::general>{p, x_away, dy_away, from_cache()}, p.extent,
+                             work.coefficients, outers, columns);
   }
 };
 
@@ -212,6 +221,6 @@ struct Inference {
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
     constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);
-    normalize<D>(p, writing, false, work.coefficients, outers, columns, kAhead);
+    normalize<D>(p, writing, false, work.coefficients, outers, columns, kAhead, false);
   }
 };

@@ -149,6 +149,28 @@ BN_INLINE Whole<D> narrow_two(Vec<D> first, Vec<D> second, First) {
 }
 template <class D>
 BN_INLINE Whole<D> narrow_two(Vec<D> low, Vec<D> high, All) {
-  if constexpr (kNarrowing<D> == 1) return D::narrow(low);
-  else return D::narrow(low, high);
+  return D::narrow(low, high);
 }
+
+/// Writes a register of elements.
+template <class D, bool kStreamed>
+BN_INLINE void put(typename D::Element* to, Whole<D> elements) {
+  if constexpr (kStreamed)
+    stream<D>(to, elements);
+  else
+    __builtin_memcpy(to, &elements, sizeof elements);
+}
+/// The same of two registers of results, which `one` and its other have read.
+template <class D, bool kStreamed, class Count>
+BN_INLINE void put_two(typename D::Element* to, Vec<D> first, Vec<D> second, Count one) {
+  if constexpr (kNarrowing<D> == 1) {
+    put<D, kStreamed>(to, D::narrow(first));
+    put<D, kStreamed>(to + kLanes<D>, D::narrow(second));
+  } else {
+    put<D, kStreamed>(to, narrow_two<D>(first, second, one));
+  }
+}
+
+/// Whether a map may take two registers at once: because they are one as elements, or parts of one line.
+template <class D>
+constexpr bool kTakesTwo = kNarrowing<D> > 1 || kRegistersOfLine > 1;
