@@ -124,7 +124,7 @@ struct Backward {
 
   Writing way_of_both(const Executor& executor) const {
     const auto way = [&](const void* out, const Strides& s) {
-      return out ? way_of_writing<D>(p.extent, out, s, p.training, executor) : Writing::streamed;
+      return out ? way_of_writing<D>(p.extent, out, s, p.training, executor, !p.dx || !p.dresidual) : Writing::streamed;
     };
     const Writing dx = way(p.dx, p.dx_strides), dresidual = way(p.dresidual, p.dresidual_strides);
     return dx < dresidual ? dx : dresidual;
