@@ -56,7 +56,8 @@ __attribute__((noinline)) void activate_all(Activation activation, double number
       store<P>(z + i, activated<M>(kind.value, typename P::Compute(number), load<P>(z + i)));
   });
 }
-/// The same, of z and dy to dz.
+/// The same, of z and dy to dz. silu's exponential is found in a loop before the rest: a processor holds back so few
+/// operations that wait for others that in one loop, a chain of twenty, they take a third more time.
 template <class D>
 __attribute__((noinline)) void differentiate_all(Activation activation, double number, int64_t n,
                                                  const typename D::Compute* z, const typename D::Element* dy,
@@ -64,9 +65,14 @@ __attribute__((noinline)) void differentiate_all(Activation activation, double n
   using P = Parameter<D>;
   using M = typename FunctionsOf<D>::type;
   with_activation(activation, [=](auto kind) BN_INLINED {
+    constexpr bool kInTwoSteps = kind.value == Activation::silu;
+    if constexpr (kInTwoSteps)
+      for (int64_t i = 0; i < n; i += kLanes<P>) store<P>(dz + i, falling<M>(load<P>(z + i)));
     each_register<D>(0, n, [=](int64_t i, auto count) BN_INLINED {
+      const Vec<P> at = load<P>(z + i);
       const Vec<D> gradient = load<D>(dy + i, count);
-      store<P>(dz + i, activated_gradient<M>(kind.value, typename D::Compute(number), load<P>(z + i), gradient));
+      if constexpr (kInTwoSteps) store<P>(dz + i, silu_gradient<M>(at, gradient, logistic<M>(at, load<P>(dz + i))));
+      else store<P>(dz + i, activated_gradient<M>(kind.value, typename D::Compute(number), at, gradient));
     });
   });
 }

@@ -33,10 +33,22 @@ struct Logistic {
   V value, complement;
 };
 template <class M, typename V>
-BN_INLINE Logistic<V> logistic(V z) {
-  const V one = V{} + typename M::Scalar(1), small = M::exp(M::minus_abs(z));  // never overflows
-  const V share = one / (one + small), rest = small * share;
+BN_INLINE Logistic<V> logistic(V z, V small) {
+  const V one = V{} + typename M::Scalar(1), share = one / (one + small), rest = small * share;
   return {z < V{} ? rest : share, z < V{} ? share : rest};
+}
+/// What it takes beside z: e^-|z|, which never overflows.
+template <class M, typename V>
+BN_INLINE V falling(V z) {
+  return M::exp(M::minus_abs(z));
+}
+template <class M, typename V>
+BN_INLINE Logistic<V> logistic(V z) {
+  return logistic<M>(z, falling<M>(z));
+}
+template <class M, typename V>
+BN_INLINE V silu_gradient(V z, V dy, Logistic<V> s) {
+  return dy * (s.value * (z * s.complement + typename M::Scalar(1)));
 }
 
 /// The standard normal distribution: cumulative, and its density.
@@ -99,10 +111,7 @@ BN_INLINE V activated_gradient(Kind kind, typename M::Scalar number, V z, V dy) 
     case Kind::relu: return relu_gradient(z, dy);
     case Kind::leaky_relu: return z > V{} ? dy : dy * number;
     case Kind::elu: return z > V{} ? dy : dy * number * M::exp(z > V{} ? V{} : z);
-    case Kind::silu: {
-      const Logistic<V> s = logistic<M>(z);
-      return dy * (s.value * (z * s.complement + T(1)));
-    }
+    case Kind::silu: return silu_gradient<M>(z, dy, logistic<M>(z));
     case Kind::gelu: {
       const Normal<V> n = M::normal(z);
       return dy * (z * n.density + n.cumulative);
