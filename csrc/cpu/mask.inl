@@ -47,7 +47,10 @@ struct BitsAt {
   Byte* bytes;
   int first;
 
-  void skip(int64_t bits) { bytes += bits / 8; }  // a multiple of 8
+  void skip(int64_t bits) {
+    const uint64_t bit = uint64_t(first + bits);
+    bytes += bit / 8, first = int(bit % 8);
+  }
 };
 typedef BitsAt<uint8_t> MarksAt;
 typedef BitsAt<const uint8_t> MarkedAt;

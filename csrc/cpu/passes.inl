@@ -60,7 +60,7 @@ void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typ
     map(Normalize<D, Ending::none>{n, p.extent});
   else if (p.activation == Activation::relu && !p.residual)
     map(Normalize<D, Ending::relu>{n, p.extent});
-  else if (p.mask && channels_of_whole_bytes<D>(p.mask, p.extent) == 1)
+  else if (p.mask && writing != Writing::joined && channels_of_whole_bytes<D>(p.mask, p.extent) == 1)
     map(Normalize<D, Ending::masked>{n, p.extent});
   else if (p.mask)
     map(Normalize<D, Ending::masked, true>{n, p.extent});
@@ -127,7 +127,15 @@ struct Backward {
       return out ? way_of_writing<D>(p.extent, out, s, p.training, executor, !p.dx || !p.dresidual) : Writing::streamed;
     };
     const Writing dx = way(p.dx, p.dx_strides), dresidual = way(p.dresidual, p.dresidual_strides);
-    return dx < dresidual ? dx : dresidual;
+    const Writing both = dx < dresidual ? dx : dresidual;
+    return both == Writing::joined && !lines_alike() ? Writing::cached : both;
+  }
+  /// Whether the two outputs, if there are two, begin at the same place of a line.
+  bool lines_alike() const {
+    constexpr int64_t kLine = 64 / sizeof(typename D::Element);
+    const auto begin = [](const void* out) { return reinterpret_cast<uintptr_t>(out) % 64; };
+    return !p.dx || !p.dresidual || (begin(p.dx) == begin(p.dresidual) &&
+                                     (p.dx_strides.outer - p.dresidual_strides.outer) % kLine == 0);
   }
   static BackwardParams folded_all(BackwardParams p, const Folding& f) {
     p.x_strides = folded(f, p.x_strides);

@@ -53,6 +53,30 @@ const std::vector<Extent> extents = {
     {2, 5, 272}, {3, 3, 136}};
 const std::vector<Extent> far_extents = {{40, 7, 1}, {300, 37, 1}, {640, 6, 1}, {48, 6, 3}, {5, 6, 50}, {2, 6, 5000}, {5, 48, 49}};
 
+/// What goes past the caches when large: whole lines, lines that planes join in, and two outputs in turn.
+const std::vector<Extent> written_by_lines = {{40, 544, 1}, {90, 32, 1},     {3, 4, 1040},      {2, 6, 5000},  {5, 9, 196},
+                                              {4, 8, 144},  {2, 9, 49},      {3, 7, 33},        {2, 3, 1025},  {24, 24, 196},
+                                              {6, 24, 49},  {7, 5, 32, 1, 2}, {8, 6, 50, 2, 2}, {1, 9, 196}};
+constexpr unsigned kY = 1 << 2, kDx = 1 << 4, kDresidual = 1 << 5;
+
+void check_written_by_lines(const Backend& backend) {
+  unsigned seed = 1;
+  for (const Extent& e : written_by_lines)
+    for (DType d : {DType::f32, DType::bf16})
+      for (unsigned shifted : {0u, kY | kDx | kDresidual, kDx, kDresidual})
+        for (int64_t shift : {3, 16})
+          for (int variant = 0; variant < 4; ++variant) {
+            if (shifted == 0 && shift != 3) continue;
+            const bool residual = variant % 2, curved = variant == 3;
+            run_case(backend, {.dtype = d, .extent = e,
+                               .activation = curved ? Activation::silu : residual ? Activation::relu : Activation::none,
+                               .residual = residual || curved, .affine = true, .padded = false, .expanded = false,
+                               .renorm = false, .unbiased = true, .mean = 1, .deviation = 1,
+                               .partly = true, .masked = variant == 1, .shifted = shifted, .shift = shift},
+                     seed++);
+          }
+}
+
 }  // namespace
 
 int main() {
@@ -76,6 +100,7 @@ int main() {
                              .deviation = 1.0, .number = curve.number, .masked = masked},
                    seed++);
         }
+    check_written_by_lines(backend);
     check_conversions(backend);
     check_relu(backend);
     check_activations(backend, 20011);
