@@ -109,10 +109,20 @@ BN_INLINE void map_in_turn(const Map& map, typename Map::At place, int64_t n, in
   }
 }
 
+/// Whether two outputs lie at the same place of a page, or the first a line before it: with a line of each in turn, one is
+/// then taken for the other, and goes to memory half written.
+template <class Element>
+BN_INLINE bool collide(Element* const (&out)[2]) {
+  const uintptr_t apart = reinterpret_cast<uintptr_t>(out[0]) - reinterpret_cast<uintptr_t>(out[1]);
+  return (apart + 64) % 4096 <= 64;
+}
+
 /// map_run() at one place.
 template <class D, bool kStreamed, bool kInPairs, class Map, class ChannelAt>
 BN_INLINE void map_place(const Map& map, const typename Map::At (&at)[1], int64_t n, int64_t two,
                          const ChannelAt& channel_at) {
+  if constexpr (kStreamed && Map::kOutputs == 2)
+    if (collide(at[0].out)) return map_in_turn<D, kInPairs>(map, at[0], n, two, channel_at);
   map_run<D, 1, kStreamsOf<Map, kStreamed>, kInPairs>(map, at, n, two, channel_at);
 }
 

@@ -72,13 +72,16 @@ inline double epsilon_of(DType d) {
 }
 inline DType parameters_of(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }
 
+/// As large tensors are: all at the same place of a page.
+constexpr std::align_val_t kAlignment{4096};
+
 struct Free {
-  void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+  void operator()(char* memory) const { ::operator delete[](memory, kAlignment); }
 };
 using Bytes = std::unique_ptr<char[], Free>;
 
-/// With nothing behind them, aligned as torch's.
-inline Bytes make_bytes(int64_t count) { return Bytes(new (std::align_val_t(64)) char[count]); }
+/// With nothing behind them.
+inline Bytes make_bytes(int64_t count) { return Bytes(new (kAlignment) char[count]); }
 
 /// Memory of exactly n elements, NaN until they are set, which begin so many elements past an aligned place.
 struct Buffer {
