@@ -26,7 +26,7 @@ void backward(const BackwardParams& p, const Executor& executor) {
 }
 
 void inference(const InferenceParams& p, const Executor& executor) {
-  with_dtype(p.dtype, [&](auto d) { run_map(steps_of(Inference<decltype(d)>(p, executor)), executor, false); });
+  with_dtype(p.dtype, [&](auto d) { run_map_alone(steps_of(Inference<decltype(d)>(p, executor)), executor); });
 }
 
 template <class T>

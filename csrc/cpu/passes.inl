@@ -209,26 +209,30 @@ struct Backward {
 template <class D>
 struct Inference {
   typedef D Type;
-  static constexpr int64_t kInputs = 1, run = 0;
+  static constexpr int64_t kInputs = 1;
   const Folding folding;
   const InferenceParams p;  // folded
   const int64_t together;
   Workspace<typename D::Compute> work;
   const Writing writing;
+  const int64_t run;
 
   Inference(const InferenceParams& params, const Executor& executor)
       : folding(folding_of_all(params)), p(folded_map(params, folding)),
         together(channels_of_whole_bytes<D>(p.mask, p.extent)), work(p.workspace, p.extent, folding, kColumnBlock<D>),
-        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)) {
+        writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)),
+        run(worth_runs() ? run_of_all<D>(p) : 0) {
     prepare_inference(params, work);
     clear_spare_bytes<D>(p.mask, p.extent);
   }
+  /// Of half types the parts of lines would be most of what is mapped.
+  bool worth_runs() const { return kNarrowing<D> > 1 && writing == Writing::joined && p.extent.inner <= kSoonEnding; }
   bool map_reads_more() const { return p.residual; }
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range, int64_t) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
     constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);
-    normalize<D>(p, writing, false, work.coefficients, outers, columns, kAhead, false);
+    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, run > 0 ? p.x_strides.outer : kAhead, false);
   }
 };

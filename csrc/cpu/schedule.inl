@@ -131,3 +131,11 @@ void run(const Steps& steps, const Executor& executor) {
   }
   run_steps(steps, executor);
 }
+
+/// A map that no reduction precedes: in the order of memory, but for runs, whose coefficients are spread once for all outers.
+void run_map_alone(const Steps& steps, const Executor& executor) {
+  const int64_t block = channels_at_once(steps, executor.threads);
+  if (steps.run > 0 && block >= steps.run)
+    return run_blocks(steps, executor, block, ceil_div(kSerialElements, steps.extent.outer * steps.extent.inner * block));
+  run_map(steps, executor, false);
+}

@@ -82,6 +82,7 @@ class Problem {
 
   uint8_t* kept() { return mask.empty() ? nullptr : mask.data(); }
   void launch_forward(const Buffer& x, Buffer& y, State& state, double* statistics, Run run);
+  void launch_inference(Buffer& y, Run run);
   void check_overwriting();
   void find_moments();
   void find_batch();
@@ -332,16 +333,25 @@ inline void Problem::check_partly(const Gradients& whole, bool training) {
   }
 }
 
-inline void Problem::check_inference() {
+inline void Problem::launch_inference(Buffer& y, Run run) {
   const Workspace workspace(backend, c.dtype, e);
-  y.reset();
   backend.inference({.dtype = c.dtype, .extent = e, .activation = c.activation, .activation_number = c.number,
                      .x = x.data(), .x_strides = xs,
                      .residual = c.residual ? residual.data() : nullptr, .residual_strides = ys, .mask = kept(),
                      .y = y.data(), .y_strides = ys, .weight = weight ? weight->data() : nullptr,
                      .bias = bias ? bias->data() : nullptr, .eps = eps, .running_mean = state->mean.data(),
                      .running_var = state->var.data(), .workspace = workspace.data()},
-                    Run::second);
+                    run);
+}
+
+inline void Problem::check_inference() {
+  y.reset();
+  Buffer again = tensor(2, span(e, ys));
+  launch_inference(again, Run::first);
+  const std::vector<uint8_t> mask_again = mask;
+  launch_inference(y, Run::second);
+  expect(same_bits(y, again), "the other run changes y in inference");
+  expect(mask == mask_again, "the other run changes the mask in inference");
   std::optional<Gradients> found;  // of the residual: dy where the mask says so
   if (kept()) found = launch_backward(false, 1, Run::first);
   bool mask_fits = true;
