@@ -46,6 +46,10 @@ P folded_map(P p, const Folding& f) {
   return p;
 }
 
+/// How far ahead a map asks for what it reads in the order of memory: a page.
+template <class D>
+constexpr int64_t kPageAhead = 4096 / sizeof(typename D::Element);
+
 /// x_away: how many elements away what will be read soon lies, 0 for nothing. from_cache: comes x.
 template <class D, class P>
 void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typename D::Compute>& coefficients, Range outers,
@@ -103,7 +107,9 @@ struct Forward {
   }
   void finish(Range channels) const { finish_moments(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
-    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, next * p.x_strides.channel, true);
+    const bool from_last_cache = p.extent.inner == 1 && kRegistersOfLine > 1;
+    const int64_t x_away = from_last_cache ? kPageAhead<D> : next * p.x_strides.channel;
+    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, x_away, true);
   }
 };
 
@@ -232,7 +238,7 @@ struct Inference {
   void reduce(int64_t, int64_t, Range, int64_t) const {}
   void finish(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
-    constexpr int64_t kAhead = 4096 / sizeof(typename D::Element);
-    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, run > 0 ? p.x_strides.outer : kAhead, false);
+    const int64_t x_away = run > 0 ? p.x_strides.outer : kPageAhead<D>;
+    normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, x_away, false);
   }
 };
