@@ -31,10 +31,11 @@ Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool 
   return planes && e.inner * kBytes >= kLine ? Writing::joined : Writing::cached;
 }
 
-/// Asks for what will be read so far from a place, 0 for nothing: in a map memory is idle for reading. Once for a pair.
+/// Asks for what will be read so far from a place: in a map memory is idle for reading. Once for a pair.
+/// NB: not even a question whether there is anything to ask for: after it coefficients would be loaded before they are used.
 template <class Element, class Count>
 BN_INLINE void prefetch_away(const Element* place, int64_t away, Count) {
-  if (!kIsSecond<Count> && away) prefetch_ahead(place + away);
+  if (!kIsSecond<Count>) prefetch_ahead(place + away);
 }
 
 /// What a map makes of one register.
