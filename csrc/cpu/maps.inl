@@ -147,11 +147,11 @@ struct Normalize {
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
-/// kInPlace: dx may be where dy is.
-template <class D, Ending kEnding, bool kInPlace = false>
+/// kInPlace: dx may be where dy is. kMayLack: of two outputs one may be null.
+template <class D, Ending kEnding, bool kInPlace = false, bool kMayLack = has_two_gradients(kEnding)>
 struct NormalizeGradient {
   static constexpr int kOutputs = has_two_gradients(kEnding) ? 2 : 1, kCoefficients = forwards_again(kEnding) ? 6 : 4;
-  static constexpr bool kMayLackOutput = has_two_gradients(kEnding), kInOrder = false;
+  static constexpr bool kMayLackOutput = kMayLack, kInOrder = false;
   using Element = typename D::Element;
   const BackwardParams& p;
   const int64_t x_away, dy_away;  // as in Normalize

@@ -50,7 +50,7 @@ P folded_map(P p, const Folding& f) {
 template <class D>
 constexpr int64_t kPageAhead = 4096 / sizeof(typename D::Element);
 
-/// x_away: how many elements away what will be read soon lies, 0 for nothing. from_cache: comes x.
+/// x_away: how many elements away what will be read soon lies. from_cache: comes x.
 template <class D, class P>
 void normalize(const P& p, Writing writing, bool in_runs, const Coefficients<typename D::Compute>& coefficients, Range outers,
                Range columns, int64_t x_away, bool from_cache) {
@@ -200,8 +200,11 @@ struct Backward {
     };
     if (p.activation == Activation::none && !p.dresidual)
       map(NormalizeGradient<D, Ending::none>{p, x_away, dy_away, from_cache()});
+    else if (p.mask && p.dx && p.dresidual)
+      map(NormalizeGradient<D, Ending::masked, false, false>{p, x_away, dy_away, from_cache()});
     else if (p.mask)
-      map(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away, from_cache()});
+      map_elements<D, false>(NormalizeGradient<D, Ending::masked>{p, x_away, dy_away, from_cache()}, p.extent,
+                             work.coefficients, outers, columns);
     else if (p.activation == Activation::relu && !p.residual && !p.dresidual)
       map(NormalizeGradient<D, Ending::relu>{p, x_away, dy_away, from_cache()});
     else if (is_curved(p.activation))
