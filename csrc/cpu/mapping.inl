@@ -109,8 +109,8 @@ BN_INLINE void map_in_turn(const Map& map, typename Map::At place, int64_t n, in
   }
 }
 
-/// Whether two outputs lie at the same place of a page, or the first a line before it: with a line of each in turn, one is
-/// then taken for the other, and goes to memory half written.
+/// Whether two outputs lie at the same place of a page, or the first a line before it: written a line of each in turn, they
+/// then take up to 1.6 times as long.
 template <class Element>
 BN_INLINE bool collide(Element* const (&out)[2]) {
   const uintptr_t apart = reinterpret_cast<uintptr_t>(out[0]) - reinterpret_cast<uintptr_t>(out[1]);

@@ -69,7 +69,7 @@ void check_written_by_lines(const Backend& backend) {
             if (shifted == 0 && shift != 3) continue;
             const bool residual = variant % 2, curved = variant == 3;
             run_case(backend, {.dtype = d, .extent = e,
-                               .activation = curved ? Activation::silu : residual ? Activation::relu : Activation::none,
+                               .activation = curved ? Activation::silu : variant ? Activation::relu : Activation::none,
                                .residual = residual || curved, .affine = true, .padded = false, .expanded = false,
                                .renorm = false, .unbiased = true, .mean = 1, .deviation = 1,
                                .partly = true, .masked = variant == 1, .shifted = shifted, .shift = shift},
