@@ -3,6 +3,17 @@
 
 constexpr int64_t kChannels = 64;  // at a time: what belongs to them lies on the stack
 
+/// Calls f(group, channels) for some of the channels that are walked, of all groups, kChannels at most at once.
+template <class T, class F>
+void by_blocks(const Workspace<T>& work, Range walked, const F& f) {
+  const int64_t channels = work.channels();
+  for (int64_t group = 0; group < work.extent.groups; ++group)
+    for (int64_t begin = walked.first, end; begin < walked.last; begin = end) {
+      const int64_t before = begin / channels * channels;
+      end = least(least(begin + kChannels, before + channels), walked.last);
+      f(group + begin / channels, Range{begin - before, end - before});
+    }
+}
 template <class F>
 void by_blocks(Range channels, const F& f) {
   for (int64_t begin = channels.first; begin < channels.last; begin += kChannels)
@@ -64,149 +75,166 @@ struct Affines {
   }
 };
 
-/// The mean, variance and inverse deviation of some channels of one group, from what join_parts has left.
+/// Moments of each group from slices and columns, to what is kept for backward; the variance stays in the first column.
 template <class T>
-void finish_group(const ForwardParams& p, const Workspace<T>& work, int64_t group, double samples, Range channels,
-                  double* __restrict mean, double* __restrict invstd, double* __restrict variance) {
-  const int64_t n = channels.last - channels.first, repeat = work.folding.repeat;
-  const int64_t at = work.first_column(group, channels.first);
-  const double *__restrict means = work.first + at, *__restrict m2 = work.second + at;
-  const double count = samples / double(repeat), eps = p.eps;
-  if (repeat > 1)
-    for (int64_t i = 0; i < n; ++i) {
-      const Moments m = merge_equal(repeat, count, means + i * repeat, m2 + i * repeat);
-      mean[i] = m.mean;
-      variance[i] = biased_variance(m);
-    }
-  else
-    for (int64_t i = 0; i < n; ++i) {
-      mean[i] = means[i];
-      variance[i] = biased_variance({count, means[i], m2[i]});
-    }
-  for (int64_t i = 0; i < n; ++i) invstd[i] = inverse_deviation(variance[i], eps);
-}
-
-/// Moments from slices and columns to coefficients, with the running statistics.
-template <class T>
-void finish_moments(const ForwardParams& p, const Workspace<T>& work, const RunningStep& step, Range channels) {
-  double *__restrict mean = work.first, *__restrict m2 = work.second;
-  for (int64_t group = 0; group < p.extent.groups; ++group)
+void finish_moments(const ForwardParams& p, const Workspace<T>& work, Range walked) {
+  double *__restrict means = work.first, *__restrict m2 = work.second;
+  const Grouping grouping(p.extent);
+  by_blocks(work, walked, [&](int64_t group, Range channels) {
     join_parts(work, group, channels, [=](int64_t n, int64_t into, int64_t from, double before, double count) {
       const double weight = count / (before + count);
 #pragma GCC ivdep
       for (int64_t c = 0; c < n; ++c)
-        torch_bn::join(mean[into + c], m2[into + c], before, mean[from + c], m2[from + c], weight);
+        torch_bn::join(means[into + c], m2[into + c], before, means[from + c], m2[from + c], weight);
     });
+    const int64_t n = channels.last - channels.first, repeat = work.folding.repeat;
+    const int64_t at = group * p.extent.channels + channels.first, column = work.first_column(group, channels.first);
+    double *__restrict mean = p.mean + at, *__restrict invstd = p.invstd + at, variance[kChannels];
+    const double count = double(grouping.count(group) * p.extent.inner) / double(repeat), eps = p.eps;
+    if (repeat > 1)
+      for (int64_t i = 0; i < n; ++i) {
+        const Moments m = merge_equal(repeat, count, means + column + i * repeat, m2 + column + i * repeat);
+        mean[i] = m.mean;
+        variance[i] = biased_variance(m);
+      }
+    else
+      for (int64_t i = 0; i < n; ++i) {
+        mean[i] = means[column + i];
+        variance[i] = biased_variance({count, mean[i], m2[column + i]});
+      }
+    for (int64_t i = 0; i < n; ++i) invstd[i] = inverse_deviation(variance[i], eps);
+    for (int64_t i = 0; i < n; ++i) m2[column + i * repeat] = variance[i];
+  });
+}
+
+/// Enters the means over all groups into the running statistics, with which renorm finds its correction.
+template <class T>
+void enter_statistics(const ForwardParams& p, const Workspace<T>& work, const RunningStep& step, Range channels) {
   const Grouping grouping(p.extent);
-  const int64_t groups = p.extent.groups;
+  const int64_t groups = p.extent.groups, repeat = work.folding.repeat;
   const bool unbiased = p.unbiased && !p.running.renorm.mean;
   by_blocks(channels, [&](Range block) {
     const int64_t n = block.last - block.first;
-    double batch_mean[kChannels] = {}, batch_variance[kChannels] = {}, gamma[kChannels], beta[kChannels];
-    const auto kept = [&](double* rows, int64_t group) { return rows + group * p.extent.channels + block.first; };
+    double mean[kChannels] = {}, variance[kChannels] = {};
     for (int64_t group = 0; group < groups; ++group) {
-      const double samples = double(grouping.count(group) * p.extent.inner), factor = unbiased ? bessel(samples) : 1;
-      double variance[kChannels];
-      const double* group_mean = kept(p.mean, group);
-      finish_group(p, work, group, samples, block, kept(p.mean, group), kept(p.invstd, group), variance);
-      for (int64_t i = 0; i < n; ++i) batch_mean[i] += group_mean[i];
-      for (int64_t i = 0; i < n; ++i) batch_variance[i] += variance[i] * factor;
+      const double factor = unbiased ? bessel(double(grouping.count(group) * p.extent.inner)) : 1;
+      const double* group_mean = p.mean + group * p.extent.channels + block.first;
+      const double* group_variance = work.second + work.first_column(group, block.first);
+      for (int64_t i = 0; i < n; ++i) mean[i] += group_mean[i];
+      for (int64_t i = 0; i < n; ++i) variance[i] += group_variance[i * repeat] * factor;
     }
-    for (int64_t i = 0; i < n; ++i) {
-      const Weights weights = finish_forward<T>(p, block.first + i, step, batch_mean[i] / double(groups), batch_variance[i] / double(groups));
-      gamma[i] = weights.gamma;
-      beta[i] = weights.beta;
-    }
-    for (int64_t group = 0; group < groups; ++group)
-      Affines<T>(n, kept(p.mean, group), kept(p.invstd, group), gamma, beta).set(work, group, block);
+    for (int64_t i = 0; i < n; ++i)
+      finish_forward<T>(p, block.first + i, step, mean[i] / double(groups), variance[i] / double(groups));
+  });
+}
+
+/// The weights of the map of some channels.
+template <class T, class P>
+void read_weights(const P& p, Range channels, double* __restrict gamma, double* __restrict beta) {
+  read_parameter<T>(p.weight, channels, 1, gamma);
+  read_parameter<T>(p.bias, channels, 0, beta);
+  if (!p.correction) return;
+  const double *r = p.correction + channels.first, *d = r + p.extent.channels;
+  for (int64_t i = 0; i < channels.last - channels.first; ++i) {
+    const Weights weights = corrected({gamma[i], beta[i]}, {r[i], d[i]});
+    gamma[i] = weights.gamma;
+    beta[i] = weights.beta;
+  }
+}
+
+/// The coefficients of the forward's map.
+template <class T>
+void set_affines(const ForwardParams& p, const Workspace<T>& work, Range walked) {
+  by_blocks(work, walked, [&](int64_t group, Range channels) {
+    double gamma[kChannels], beta[kChannels];
+    read_weights<T>(p, channels, gamma, beta);
+    const int64_t at = group * p.extent.channels + channels.first;
+    Affines<T>(channels.last - channels.first, p.mean + at, p.invstd + at, gamma, beta).set(work, group, channels);
   });
 }
 
 /// What the backward pass must know of the forward's map.
 template <class T>
-void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
-  by_blocks(channels, [&](Range block) {
-    const int64_t n = block.last - block.first;
+void prepare_gradients(const BackwardParams& p, const Workspace<T>& work, Range walked) {
+  by_blocks(work, walked, [&](int64_t group, Range channels) {
     double gamma[kChannels], beta[kChannels];
-    for (int64_t i = 0; i < n; ++i) {
-      const Weights weights = corrected_weights<T>(p, block.first + i, kept_correction(p, block.first + i));
-      gamma[i] = weights.gamma;
-      beta[i] = weights.beta;
-    }
-    for (int64_t group = 0; group < p.extent.groups; ++group) {
-      const int64_t at = group * p.extent.channels + block.first;
-      const Affines<T> affines(n, p.mean + at, p.invstd + at, gamma, beta);
-      work.set(0, group, block, affines.center);
-      if (p.activation == Activation::none) continue;
-      work.set(4, group, block, affines.scale);
-      work.set(5, group, block, affines.shift);
-    }
+    read_weights<T>(p, channels, gamma, beta);
+    const int64_t at = group * p.extent.channels + channels.first;
+    const Affines<T> affines(channels.last - channels.first, p.mean + at, p.invstd + at, gamma, beta);
+    work.set(0, group, channels, affines.center);
+    if (p.activation == Activation::none) return;
+    work.set(4, group, channels, affines.scale);
+    work.set(5, group, channels, affines.shift);
   });
 }
 
-/// The coefficients of one group's map, from what join_parts has left. Adds to the gradients of weight and bias.
+/// Sums of each group from slices and columns to the coefficients of its map. What it adds to the gradients of bias and
+/// weight stays in the first columns.
 template <class T>
-void finish_group(const BackwardParams& p, const Workspace<T>& work, int64_t group, double count, Range channels,
-                  const double* __restrict gamma, const double* __restrict r, const double* __restrict d,
-                  double* __restrict dgamma, double* __restrict dbeta) {
-  const int64_t n = channels.last - channels.first, repeat = work.folding.repeat;
-  const int64_t at = work.first_column(group, channels.first), row = group * p.extent.channels + channels.first;
-  const double *__restrict mean = p.mean + row, *__restrict invstd = p.invstd + row;
-  double dz[kChannels], dz_deviation[kChannels];
-  const auto total = [=](const double* __restrict sums, double* __restrict into) {
-    if (repeat == 1)
-      for (int64_t i = 0; i < n; ++i) into[i] = sums[i];
-    else
-      for (int64_t i = 0; i < n; ++i) {
-        into[i] = 0;
-        for (int64_t k = 0; k < repeat; ++k) into[i] += sums[i * repeat + k];
-      }
-  };
-  total(work.first + at, dz);
-  total(work.second + at, dz_deviation);
-  T slope[kChannels], bend[kChannels], shift[kChannels];
+void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range walked) {
+  double *__restrict sum_dz = work.first, *__restrict sum_dz_deviation = work.second;
+  const Grouping grouping(p.extent);
+  const int64_t repeat = work.folding.repeat;
   const bool training = p.training;
-  for (int64_t i = 0; i < n; ++i) {
-    const GroupGradient<T> g =
-        finish_backward<T>(training, mean[i], invstd[i], gamma[i], {r[i], d[i]}, {count, dz[i], dz_deviation[i]});
-    dgamma[i] += g.dgamma;
-    dbeta[i] += g.dbeta;
-    slope[i] = g.affine.slope;
-    bend[i] = g.affine.bend;
-    shift[i] = g.affine.shift;
-  }
-  work.set(1, group, channels, slope);
-  work.set(2, group, channels, bend);
-  work.set(3, group, channels, shift);
-}
-
-template <class T>
-void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range channels) {
-  double *__restrict dz = work.first, *__restrict dz_deviation = work.second;
-  for (int64_t group = 0; group < p.extent.groups; ++group)
+  by_blocks(work, walked, [&](int64_t group, Range channels) {
     join_parts(work, group, channels, [=](int64_t n, int64_t into, int64_t from, double, double) {
 #pragma GCC ivdep
       for (int64_t c = 0; c < n; ++c) {
-        dz[into + c] += dz[from + c];
-        dz_deviation[into + c] += dz_deviation[from + c];
+        sum_dz[into + c] += sum_dz[from + c];
+        sum_dz_deviation[into + c] += sum_dz_deviation[from + c];
       }
     });
-  const Grouping grouping(p.extent);
-  by_blocks(channels, [&](Range block) {
-    const int64_t n = block.last - block.first;
-    double gamma[kChannels], r[kChannels], d[kChannels], dgamma[kChannels] = {}, dbeta[kChannels] = {};
-    read_parameter<T>(p.weight, block, 1, gamma);
-    read_parameter<double>(p.correction, block, 1, r);
-    read_parameter<double>(p.correction ? p.correction + p.extent.channels : nullptr, block, 0, d);
-    for (int64_t group = 0; group < p.extent.groups; ++group)
-      finish_group(p, work, group, double(grouping.count(group) * p.extent.inner), block, gamma, r, d, dgamma, dbeta);
-    const auto store = [=](void* values, const double* from) {
-      if (T* into = static_cast<T*>(values))
-        for (int64_t i = 0; i < n; ++i) into[block.first + i] = T(from[i]);
+    const int64_t n = channels.last - channels.first;
+    const int64_t at = group * p.extent.channels + channels.first, column = work.first_column(group, channels.first);
+    const double *__restrict mean = p.mean + at, *__restrict invstd = p.invstd + at;
+    const double count = double(grouping.count(group) * p.extent.inner);
+    double gamma[kChannels], r[kChannels], d[kChannels], dz[kChannels], dz_deviation[kChannels];
+    read_parameter<T>(p.weight, channels, 1, gamma);
+    read_parameter<double>(p.correction, channels, 1, r);
+    read_parameter<double>(p.correction ? p.correction + p.extent.channels : nullptr, channels, 0, d);
+    const auto total = [=](const double* __restrict sums, double* __restrict into) {
+      if (repeat == 1)
+        for (int64_t i = 0; i < n; ++i) into[i] = sums[i];
+      else
+        for (int64_t i = 0; i < n; ++i) {
+          into[i] = 0;
+          for (int64_t k = 0; k < repeat; ++k) into[i] += sums[i * repeat + k];
+        }
     };
-    store(p.dweight, dgamma);
-    store(p.dbias, dbeta);
+    total(sum_dz + column, dz);
+    total(sum_dz_deviation + column, dz_deviation);
+    double dgamma[kChannels], dbeta[kChannels];
+    T slope[kChannels], bend[kChannels], shift[kChannels];
+    for (int64_t i = 0; i < n; ++i) {
+      const GroupGradient<T> g =
+          finish_backward<T>(training, mean[i], invstd[i], gamma[i], {r[i], d[i]}, {count, dz[i], dz_deviation[i]});
+      dgamma[i] = g.dgamma;
+      dbeta[i] = g.dbeta;
+      slope[i] = g.affine.slope;
+      bend[i] = g.affine.bend;
+      shift[i] = g.affine.shift;
+    }
+    for (int64_t i = 0; i < n; ++i) sum_dz[column + i * repeat] = dbeta[i];
+    for (int64_t i = 0; i < n; ++i) sum_dz_deviation[column + i * repeat] = dgamma[i];
+    work.set(1, group, channels, slope);
+    work.set(2, group, channels, bend);
+    work.set(3, group, channels, shift);
   });
+}
+
+/// The gradients of weight and bias, of all groups.
+template <class T>
+void add_groups(const BackwardParams& p, const Workspace<T>& work, Range channels) {
+  const auto add = [&](const double* sums, void* values) {
+    if (!values) return;
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+      double sum = 0;
+      for (int64_t group = 0; group < p.extent.groups; ++group) sum += sums[work.first_column(group, c)];
+      static_cast<T*>(values)[c] = T(sum);
+    }
+  };
+  add(work.second, p.dweight);
+  add(work.first, p.dbias);
 }
 
 template <class T>

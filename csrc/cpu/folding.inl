@@ -4,9 +4,11 @@
 constexpr int kCoefficientRows = 6;
 
 /// The walk over rows serves two more shapes, whose rows hold several columns of one channel each: tiny planes, whose
-/// `repeat` elements are adjacent columns, and few channels, where `fold` rows are taken as one.
+/// `repeat` elements are adjacent columns, and few channels, where `fold` rows are taken as one. The walk over planes serves
+/// groups as if they were more channels: where each has the outer next to that of the one before, those of all are taken as
+/// one, and `channels` are those of all groups.
 struct Folding {
-  int64_t channels, repeat, fold;
+  int64_t channels, repeat, fold, groups = 1;
 };
 
 BN_INLINE Folding folding_of(const Extent& e) {
@@ -18,8 +20,16 @@ BN_INLINE Folding folding_of(const Extent& e) {
   return {e.channels, 1, fold};
 }
 
-/// The extent of the rows, where there is folding.
+/// Of planes of equal groups; else there is none.
+BN_INLINE Folding folding_of_groups(const Extent& e) {
+  const bool side_by_side = e.inner > 1 && e.outer_per_example == 1 && e.outer % e.groups == 0;
+  const int64_t groups = side_by_side ? e.groups : 1;
+  return {groups * e.channels, 1, 1, groups};
+}
+
+/// The extent of what is walked, where there is folding.
 BN_INLINE Extent folded(const Extent& e, const Folding& f) {
+  if (f.groups > 1) return {e.outer / f.groups, f.channels, e.inner, 1, 1};
   if (f.repeat * f.fold == 1) return e;
   const int64_t per_example = e.groups == 1 ? 1 : e.outer_per_example / f.fold;
   return {e.outer / f.fold, e.channels * f.repeat * f.fold, 1, per_example, e.groups};
@@ -27,10 +37,11 @@ BN_INLINE Extent folded(const Extent& e, const Folding& f) {
 
 /// Whether a tensor of these strides can be walked so, and its strides then.
 BN_INLINE bool foldable(const Extent& e, const Folding& f, const void* data, const Strides& s) {
-  return !data || ((f.repeat == 1 || s.channel == e.inner) && (f.fold == 1 || s.outer == e.channels));
+  return !data || ((f.repeat == 1 || s.channel == e.inner) && (f.fold == 1 || s.outer == e.channels) &&
+                   (f.groups == 1 || s.outer == e.channels * s.channel));
 }
 BN_INLINE Strides folded(const Folding& f, const Strides& s) {
-  return f.repeat * f.fold == 1 ? s : Strides{s.outer * f.fold, 1};
+  return {s.outer * f.fold * f.groups, f.repeat * f.fold == 1 ? s.channel : 1};
 }
 
 int64_t workspace_bytes(DType dtype, const Extent& e) {
@@ -60,9 +71,11 @@ struct Workspace {
     second = first + parts;
     coefficients = {reinterpret_cast<T*>(second + parts), length, e.channels};
   }
+  /// The channels of one group.
+  int64_t channels() const { return folding.channels / folding.groups; }
   /// The first of a channel's columns in some group.
   int64_t first_column(int64_t group, int64_t channel) const {
-    return group * extent.channels + channel * folding.repeat;
+    return group * channels() * folding.repeat * folding.fold + channel * folding.repeat;
   }
   /// Sets a coefficient of some channels, in all their columns. NaN without its payload, which BF16 could not round.
   void set(int row, int64_t group, Range channels, const T* __restrict values) const {

@@ -13,27 +13,33 @@ struct Part {
         at((slice * work.extent.groups + group) * work.extent.channels) {}
 };
 
-template <class P>
-bool all_foldable(const P& p, const Folding& f) {
+template <class D, class P>
+bool inputs_foldable(const P& p, const Folding& f) {
   return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.residual, p.residual_strides) &&
-         foldable(p.extent, f, p.y, p.y_strides);
+         foldable(p.extent, f, p.mask, mask_strides<D>(p.extent));
 }
+template <class D, class P>
+bool all_foldable(const P& p, const Folding& f) {
+  return inputs_foldable<D>(p, f) && foldable(p.extent, f, p.y, p.y_strides);
+}
+template <class D>
 bool all_foldable(const BackwardParams& p, const Folding& f) {
-  return foldable(p.extent, f, p.x, p.x_strides) && foldable(p.extent, f, p.dy, p.dy_strides) &&
-         foldable(p.extent, f, p.residual, p.residual_strides) && foldable(p.extent, f, p.dx, p.dx_strides) &&
-         foldable(p.extent, f, p.dresidual, p.dresidual_strides);
+  return inputs_foldable<D>(p, f) && foldable(p.extent, f, p.dy, p.dy_strides) &&
+         foldable(p.extent, f, p.dx, p.dx_strides) && foldable(p.extent, f, p.dresidual, p.dresidual_strides);
 }
 
-template <class P>
-Folding folding_of_all(const P& p) {
-  const Folding f = folding_of(p.extent);
-  return all_foldable(p, f) ? f : Folding{p.extent.channels, 1, 1};
+/// with_groups: whether groups may be folded, as nothing is mapped with what is known of all of them.
+template <class D, class P>
+Folding folding_of_all(const P& p, bool with_groups) {
+  const Folding f = folding_of(p.extent), g = folding_of_groups(p.extent);
+  if (f.repeat * f.fold > 1 && all_foldable<D>(p, f)) return f;
+  return with_groups && all_foldable<D>(p, g) ? g : Folding{p.extent.channels, 1, 1};
 }
 
 /// How many channels begin a run of short planes, 0 where planes are walked one by one.
 template <class D, class P>
 int64_t run_of_all(const P& p) {
-  return all_foldable(p, {p.extent.channels, p.extent.inner, 1}) ? channels_of_run<D>(p.extent) : 0;
+  return all_foldable<D>(p, {p.extent.channels, p.extent.inner, 1}) ? channels_of_run<D>(p.extent) : 0;
 }
 
 /// The params as the walk over elements sees them.
@@ -88,8 +94,9 @@ struct Forward {
   const RunningStep step;
 
   Forward(const ForwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_all(params)), p(folded_map(params, folding)), run(run_of_all<D>(p)),
-        together(channels_of_whole_bytes<D>(p.mask, p.extent)), work(p.workspace, p.extent, folding, kColumnBlock<D>),
+      : given(params), folding(folding_of_all<D>(params, !params.running.renorm.mean)), p(folded_map(params, folding)),
+        run(run_of_all<D>(p)), together(channels_of_whole_bytes<D>(p.mask, p.extent)),
+        work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, true, executor)),
         step(step_of<typename D::Compute>(p.running)) {
     if (!p.statistics) count_batch<typename D::Compute>(p.running, step);
@@ -105,7 +112,12 @@ struct Forward {
     const double count = slice_count(p.extent, work.cut, part.outers.count, slice);
     plane_moments<D>(p, work.cut, part.outers, part.units, count, columns, next, run > 0, likely, mean, m2);
   }
-  void finish(Range channels) const { finish_moments(given, work, step, channels); }
+  void finish(Range channels) const {
+    finish_moments(given, work, channels);
+    if (folding.groups == 1) conclude(channels);
+    set_affines(given, work, channels);
+  }
+  void conclude(Range channels) const { enter_statistics(given, work, step, channels); }
   void map(Range outers, Range columns, int64_t next) const {
     const bool from_last_cache = p.extent.inner == 1 && kRegistersOfLine > 1;
     const int64_t x_away = from_last_cache ? kPageAhead<D> : next * p.x_strides.channel;
@@ -125,7 +137,7 @@ struct Backward {
   const Writing writing;
 
   Backward(const BackwardParams& params, const Executor& executor)
-      : given(params), folding(folding_of_all(params)), p(folded_all(params, folding)), run(run_of_all<D>(p)),
+      : given(params), folding(folding_of_all<D>(params, true)), p(folded_all(params, folding)), run(run_of_all<D>(p)),
         work(p.workspace, p.extent, folding, kColumnBlock<D>), writing(way_of_both(executor)) {}
 
   Writing way_of_both(const Executor& executor) const {
@@ -178,7 +190,11 @@ struct Backward {
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
     plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, run > 0, forwarded, dz, dz_deviation);
   }
-  void finish(Range channels) const { finish_gradients(given, work, channels); }
+  void finish(Range channels) const {
+    finish_gradients(given, work, channels);
+    if (folding.groups == 1) conclude(channels);
+  }
+  void conclude(Range channels) const { add_groups(given, work, channels); }
   void map_curved(Range outers, Range columns, int64_t x_away, int64_t dy_away) const {
     if constexpr (kKeepsGradient<Curved<D>>) {
       if (!p.dx) return;
@@ -227,7 +243,7 @@ struct Inference {
   const int64_t run;
 
   Inference(const InferenceParams& params, const Executor& executor)
-      : folding(folding_of_all(params)), p(folded_map(params, folding)),
+      : folding(folding_of_all<D>(params, false)), p(folded_map(params, folding)),
         together(channels_of_whole_bytes<D>(p.mask, p.extent)), work(p.workspace, p.extent, folding, kColumnBlock<D>),
         writing(p.x == p.y ? Writing::cached : way_of_writing<D>(p.extent, p.y, p.y_strides, false, executor)),
         run(worth_runs() ? run_of_all<D>(p) : 0) {
@@ -240,6 +256,7 @@ struct Inference {
   void prepare(Range) const {}
   void reduce(int64_t, int64_t, Range, int64_t) const {}
   void finish(Range) const {}
+  void conclude(Range) const {}
   void map(Range outers, Range columns, int64_t) const {
     const int64_t x_away = run > 0 ? p.x_strides.outer : kPageAhead<D>;
     normalize<D>(p, writing, run > 0, work.coefficients, outers, columns, x_away, false);

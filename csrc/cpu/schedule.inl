@@ -14,6 +14,7 @@ struct Steps {
   void (*prepare)(const void* self, Range channels);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns, int64_t next);  // planes: groups in turn
   void (*finish)(const void* self, Range channels);
+  void (*conclude)(const void* self, Range channels);  // where groups are folded, when all are finished
   void (*map)(const void* self, Range outers, Range columns, int64_t next);
 };
 
@@ -27,6 +28,7 @@ Steps steps_of(const Pass& pass) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns, next);
           },
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
+          [](const void* self, Range channels) { static_cast<const Pass*>(self)->conclude(channels); },
           [](const void* self, Range outers, Range columns, int64_t next) {
             static_cast<const Pass*>(self)->map(outers, columns, next);
           }};
@@ -56,6 +58,14 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   });
 }
 
+/// What is left to do for all groups, where they are folded.
+void conclude(const Steps& steps, const Executor& executor) {
+  const int64_t groups = steps.folding.groups;
+  if (groups == 1) return;
+  parallel_for(executor, steps.folding.channels / groups, ceil_div(1 << 10, groups),
+               [&](int64_t first, int64_t last) { steps.conclude(steps.self, {first, last}); });
+}
+
 /// Block of channels by block of channels, so that the map finds in the cache what the reduction has read, and both ask
 /// for what the next reduction reads: the channels that are `next` further on. The columns of a block are adjacent unless
 /// rows are folded; then there is one block.
@@ -76,6 +86,7 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
     }
     end_streaming();
   });
+  conclude(steps, executor);
 }
 
 /// Each step over everything, one after another.
@@ -100,6 +111,7 @@ void run_steps(const Steps& steps, const Executor& executor) {
                  }
                });
   over_channels(steps.finish);
+  conclude(steps, executor);
   // What fills the last-level cache is mapped from the end, which the reduction has surely left there; where the map reads
   // something new beside it, which is quickest in order, only what the cache cannot hold.
   const int64_t bytes = steps.inputs * e.outer * e.channels * e.inner * steps.element_bytes;

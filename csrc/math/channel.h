@@ -27,10 +27,12 @@ BN_INLINE double plus(double a, double b, double d) { return d == 0 ? a : a + b 
 struct Weights {
   double gamma, beta;
 };
+BN_INLINE Weights corrected(const Weights& w, const Correction& correction) {
+  return {w.gamma * correction.r, plus(w.beta, w.gamma, correction.d)};
+}
 template <typename T, class P>
 BN_INLINE Weights corrected_weights(const P& p, long channel, const Correction& correction) {
-  const double gamma = parameter<T>(p.weight, channel, 1), beta = parameter<T>(p.bias, channel, 0);
-  return {gamma * correction.r, plus(beta, gamma, correction.d)};
+  return corrected({parameter<T>(p.weight, channel, 1), parameter<T>(p.bias, channel, 0)}, correction);
 }
 
 /// From the batch's mean and variance to the weights of the map, with the running statistics. Several groups share one
