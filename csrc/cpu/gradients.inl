@@ -183,7 +183,7 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
   const int64_t inner = p.extent.inner, c = channels.first, width = channels.last - c;
   const int64_t x_away = next * p.x_strides.channel, dy_away = next * p.dy_strides.channel;
   constexpr bool kForwarded = forwards_again(kEnding);
-  typename D::Compute center[kReducedRun + kSlack], scale[kForwarded ? kReducedRun + kSlack : 1],
+  alignas(64) typename D::Compute center[kReducedRun + kSlack], scale[kForwarded ? kReducedRun + kSlack : 1],
       shift[kForwarded ? kReducedRun + kSlack : 1];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread_to_reduce<D>(forwarded.center + c, width, inner, center);

@@ -181,10 +181,11 @@ __attribute__((flatten)) void map_runs(const Map map, const Extent& e,
     for (int64_t channel = channels.first; channel < channels.last; channel += at_once) {
       const int64_t some = least(at_once, channels.last - channel);
       const int64_t n = some * inner, two = in_twos<D>(map, in_pairs<D>(n));
-      for (int k = 0; k < Map::kCoefficients; ++k)
-        spread<Parameter<D>>(coefficients.row(k) + group * coefficients.columns + channel, some, inner, run[k]);
-      if constexpr (!Map::kInOrder)
-        for (int k = 0; k < Map::kCoefficients; ++k) arrange<D>(run[k], two);
+      for (int k = 0; k < Map::kCoefficients; ++k) {
+        const Compute* const values = coefficients.row(k) + group * coefficients.columns + channel;
+        if constexpr (Map::kInOrder) spread<D>(values, some, inner, run[k]);
+        else spread_in_pairs<D>(values, some, inner, two, run[k]);
+      }
       for (int64_t j = 0; j < outers.count; ++j) {
         const typename Map::At at[1] = {map.at(outers[j], channel)};
         map_adjacent<D, kStreamed, !Map::kInOrder>(map, at, n, two, [&](int64_t i, auto count) {

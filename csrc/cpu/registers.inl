@@ -73,6 +73,20 @@ template <class D> BN_INLINE void store(typename D::Element* p, Vec<D> v, Second
 template <class D> BN_INLINE Vec<D> keep(Vec<D> v, First) { return v; }
 template <class D> BN_INLINE Vec<D> keep(Vec<D> v, Second) { return v; }
 
+/// The places of a register's lanes, as First or Second read them, among the elements of both.
+template <class D, int... kLane>
+BN_INLINE Vec<D> places_from(int first, int step, std::integer_sequence<int, kLane...>) {
+  return Vec<D>{typename D::Compute(first + step * kLane)...};
+}
+template <class D>
+BN_INLINE Vec<D> places(First) {
+  return places_from<D>(0, D::kAlternates ? 2 : 1, std::make_integer_sequence<int, kLanes<D>>{});
+}
+template <class D>
+BN_INLINE Vec<D> places(Second) {
+  return places_from<D>(D::kAlternates ? 1 : kLanes<D>, D::kAlternates ? 2 : 1, std::make_integer_sequence<int, kLanes<D>>{});
+}
+
 template <class D, int... kLane>
 BN_INLINE void to_order(Vec<D>& first, Vec<D>& second, std::integer_sequence<int, kLane...>) {
   constexpr int L = kLanes<D>;

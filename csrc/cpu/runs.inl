@@ -26,13 +26,43 @@ int64_t channels_of_run(const Extent& e) {
   return channels * e.inner <= kMappedRun ? channels : 0;
 }
 
-/// Each channel's value in all its elements of a run.
+/// Each channel's value in all its elements of a run, from an element on. Registers reach into the next channel's, which
+/// then overwrite theirs.
 template <class D>
-BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64_t inner, typename D::Compute* run) {
-  for (int64_t c = 0; c < channels; ++c) {
+BN_INLINE void spread(const typename D::Compute* values, int64_t channels, int64_t inner, typename D::Compute* run,
+                      int64_t from = 0) {
+  using P = Parameter<D>;
+  constexpr int64_t L = kLanes<D>;
+  for (int64_t c = from / inner; c < channels; ++c) {
+    const int64_t begin = most(from, c * inner), end = (c + 1) * inner;
     const Vec<D> value = splat<D>(values[c]);
-    for (int64_t i = 0; i < inner; i += kLanes<D>) __builtin_memcpy(run + c * inner + i, &value, sizeof value);
+    store<P>(run + begin, value);
+    for (int64_t i = begin / L * L + L; i < end; i += L) store<P>(run + i, value);
   }
+}
+
+/// The same as pairs of registers read it, of the first `paired` elements; the others are in order.
+template <class D>
+BN_INLINE void spread_in_pairs(const typename D::Compute* values, int64_t channels, int64_t inner, int64_t paired,
+                               typename D::Compute* run) {
+  if constexpr (!D::kAlternates) return spread<D>(values, channels, inner, run);
+  using P = Parameter<D>;
+  constexpr int64_t L = kLanes<D>, kPair = 2 * L;
+  for (int64_t c = 0; c * inner < paired; ++c) {
+    const int64_t begin = c * inner, end = least(begin + inner, paired), shared = begin / kPair * kPair;
+    const Vec<D> value = splat<D>(values[c]);
+    if (shared < begin) {
+      const Vec<D> before = splat<D>(typename D::Compute(begin - shared));
+      const auto fill = [&](auto one) BN_INLINED {
+        const Vec<D> others = load<P>(run + shared, one);
+        store<P>(run + shared, places<D>(one) < before ? others : value, one);
+      };
+      fill(First{}), fill(Second{});
+    }
+    for (int64_t i = ceil_div(begin, kPair) * kPair; i < end; i += kPair)
+      store<P>(run + i, value, First{}), store<P>(run + i, value, Second{});
+  }
+  spread<D>(values, channels, inner, run, paired);
 }
 
 /// How many channels are reduced as one run, 0 where planes are.
@@ -49,8 +79,7 @@ template <class D>
 BN_INLINE void spread_to_reduce(const typename D::Compute* values, int64_t channels, int64_t inner,
                                 typename D::Compute* run) {
   constexpr int64_t kAtOnce = kRegisters * kLanes<D>;
-  spread<Parameter<D>>(values, channels, inner, run);
-  arrange<D>(run, channels * inner / kAtOnce * kAtOnce);
+  spread_in_pairs<D>(values, channels, inner, channels * inner / kAtOnce * kAtOnce, run);
 }
 
 /// Two sums of each channel over its elements of a run.
@@ -77,7 +106,7 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
   using P = Parameter<D>;
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
   const int64_t width = channels * inner;
-  typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
+  alignas(64) typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
   int64_t i = 0;
   for (; i + kRegisters * L <= width; i += kRegisters * L) {
     Vec<D> s1[kRegisters] = {}, s2[kRegisters] = {};
