@@ -61,8 +61,8 @@ struct WideSums {
     const WideSum<D> new_first((sums.first[0] + sums.first[1]) + (sums.first[2] + sums.first[3]));
     const WideSum<D> new_second((sums.second[0] + sums.second[1]) + (sums.second[2] + sums.second[3]));
     if (begin) {
-      first = new_first;
-      second = new_second;
+      first.set(new_first);
+      second.set(new_second);
     } else {
       first.add(new_first);
       second.add(new_second);

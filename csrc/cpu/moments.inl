@@ -58,7 +58,7 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
                                                  double* first, double* second) {
   const int64_t inner = p.extent.inner, width = channels.last - channels.first, away = next * p.x_strides.channel;
   const auto* const x = static_cast<const typename D::Element*>(p.x) + channels.first * p.x_strides.channel;
-  typename D::Compute center[kReducedRun + kSlack];
+  alignas(64) typename D::Compute center[kReducedRun + kSlack];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread_to_reduce<D>(pivot, width, inner, center);
   const auto fetch = [&](const auto* row, int64_t i) BN_FETCHES { prefetch_ahead(row + i + away); };
@@ -91,38 +91,41 @@ Moments plane_moments_in_double(const ForwardParams& p, const Partition& cut, co
 /// expect, or null. in_runs: whether planes may be walked so.
 template <class D>
 void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOuters& outers, Range units, double count,
-                   Range channels, int64_t next, bool in_runs, const double* likely, double* mean, double* m2) {
+                   Range channels, int64_t next, bool in_runs, const double* likely, double* __restrict mean,
+                   double* __restrict m2) {
   using Compute = typename D::Compute;
   const int64_t run = in_runs ? channels_reduced_as_run<D>(p.extent) : 0, at_once = run ? run : kPlanes;
   const double per_sample = 1 / count;
   const Segment opening = segment_of(p.extent, cut, outers, units.first);
   const int few = int(least(kLanes<D>, opening.count));
+  const Compute per_few = Compute(1) / Compute(few);
   const auto mean_of_few = [&](int64_t c) {
     const auto* from = place_of<D>(p.x, p.x_strides, opening, c);
-    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) / few;
+    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) * per_few;
   };
   Compute pivot[kRunChannels];
   double first[kRunChannels], second[kRunChannels];
   for (int64_t begin = channels.first; begin < channels.last; begin += at_once) {
     const Range some{begin, least(begin + at_once, channels.last)};
     const int width = int(some.last - some.first);
-    for (int i = 0; i < width; ++i)
-      pivot[i] = finite_or_zero(Compute(likely ? likely[begin + i] : mean_of_few(begin + i)));
+    for (int i = 0; i < width; ++i) pivot[i] = likely ? Compute(likely[begin + i]) : mean_of_few(begin + i);
+    for (int i = 0; i < width; ++i) pivot[i] = finite_or_zero(pivot[i]);
     if constexpr (kHasLines<D>)
       if (run) sum_run_deviations<D>(p, outers, units, some, next, pivot, first, second);
     if (!run)
       sum_plane_deviations<D>(p, cut, outers, units, some, channels, next, pivot, first, second);
-    for (int i = 0; i < width; ++i)
+    int far = 0, special = 0;
+    for (int i = 0; i < width; ++i) far |= !centred(count, first[i], second[i]);
+    for (int i = 0; far && i < width; ++i)
       if (!centred(count, first[i], second[i])) {
         const Range one{begin + i, begin + i + 1};
         pivot[i] += Compute(first[i] * per_sample);
         sum_plane_deviations<D>(p, cut, outers, units, one, one, 0, pivot + i, first + i, second + i);
       }
-    for (int i = 0; i < width; ++i) {
-      mean[begin + i] = mean_of_sums(per_sample, double(pivot[i]), first[i]);
-      m2[begin + i] = m2_of_sums(per_sample, first[i], second[i]);
-    }
-    for (int i = 0; i < width; ++i)
+    for (int i = 0; i < width; ++i) special |= !finite(first[i], second[i]);
+    for (int i = 0; i < width; ++i) mean[begin + i] = mean_of_sums(per_sample, double(pivot[i]), first[i]);
+    for (int i = 0; i < width; ++i) m2[begin + i] = m2_of_sums(per_sample, first[i], second[i]);
+    for (int i = 0; special && i < width; ++i)
       if (!finite(first[i], second[i])) {
         const Moments m = plane_moments_in_double<D>(p, cut, outers, units, begin + i, count);
         mean[begin + i] = m.mean;

@@ -237,9 +237,9 @@ BN_INLINE auto upper_half(V v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, (int(sizeof...(kLane)) + kLane)...);
 }
 
-/// The sum of kCount doubles, by halves: one after another, each addition would wait for the one before.
+/// The sum of kCount lanes, by halves: one after another, each addition would wait for the one before.
 template <int kCount, class V>
-BN_INLINE double sum_of_halves(V v) {
+BN_INLINE auto sum_of_halves(V v) {
   if constexpr (kCount == 2) {
     return v[0] + v[1];
   } else {
@@ -265,6 +265,10 @@ struct WideSum {
       registers[1] = __builtin_convertvector(upper_half(v, kHalf), Doubles);
     }
   }
+  /// NB: GCC copies the whole by halves of registers.
+  void set(const WideSum& other) {
+    for (int i = 0; i < kRegisters; ++i) registers[i] = other.registers[i];
+  }
   void add(const WideSum& other) {
     for (int i = 0; i < kRegisters; ++i) registers[i] += other.registers[i];
   }
@@ -275,8 +279,8 @@ struct WideSum {
 };
 
 template <class D>
-BN_INLINE double sum_of_lanes(Vec<D> v) {
-  return WideSum<D>(v).total();
+BN_INLINE typename D::Compute sum_of_lanes(Vec<D> v) {
+  return sum_of_halves<kLanes<D>>(v);
 }
 
 /// One element, through the same conversion.
