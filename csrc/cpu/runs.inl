@@ -12,7 +12,7 @@ constexpr int64_t kSoonEnding = 64;  // elements of a plane that loses much by i
 /// How many planes of a channel pay for the coefficients of its run.
 template <class D>
 int64_t planes_worth_a_run(int64_t inner) {
-  return inner <= kSoonEnding ? 4 : 6 * kNarrowing<D>;
+  return inner <= kSoonEnding ? 3 : 6 * kNarrowing<D>;
 }
 
 /// How many channels begin a run, so that it is whole lines: a power of two. 0 where planes are walked one by one.
