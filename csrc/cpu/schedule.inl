@@ -126,7 +126,7 @@ int64_t channels_at_once(const Steps& steps, int threads) {
   const Extent& e = steps.extent;
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
-  const int64_t fitting = many ? least(kMany, kCacheBytes / (bytes * steps.inputs)) : least(kPlanes, kCacheBytes / bytes);
+  const int64_t fitting = least(many ? kMany : kPlanes, kCacheBytes / (bytes * steps.inputs));
   return most(power_of_two(least(most(fitting, steps.run), shared)), steps.together);
 }
 
