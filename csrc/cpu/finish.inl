@@ -6,7 +6,7 @@ constexpr int64_t kChannels = 64;  // at a time: what belongs to them lies on th
 /// Calls f(group, channels) for some of the channels that are walked, of all groups, kChannels at most at once.
 template <class T, class F>
 void by_blocks(const Workspace<T>& work, Range walked, const F& f) {
-  const int64_t channels = work.channels();
+  const int64_t channels = work.channels;
   for (int64_t group = 0; group < work.extent.groups; ++group)
     for (int64_t begin = walked.first, end; begin < walked.last; begin = end) {
       const int64_t before = begin / channels * channels;
@@ -225,11 +225,12 @@ void finish_gradients(const BackwardParams& p, const Workspace<T>& work, Range w
 /// The gradients of weight and bias, of all groups.
 template <class T>
 void add_groups(const BackwardParams& p, const Workspace<T>& work, Range channels) {
+  const int64_t repeat = work.folding.repeat, apart = work.first_column(1, 0);
   const auto add = [&](const double* sums, void* values) {
     if (!values) return;
     for (int64_t c = channels.first; c < channels.last; ++c) {
       double sum = 0;
-      for (int64_t group = 0; group < p.extent.groups; ++group) sum += sums[work.first_column(group, c)];
+      for (int64_t group = 0; group < p.extent.groups; ++group) sum += sums[group * apart + c * repeat];
       static_cast<T*>(values)[c] = T(sum);
     }
   };

@@ -61,21 +61,20 @@ struct Workspace {
   Partition cut;
   Extent extent;           // folded
   Grouping grouping;       // of that
+  int64_t channels;        // of one group
   double *first, *second;  // [slices, groups, columns], the partial results
   Coefficients<T> coefficients;
 
   Workspace(void* memory, const Extent& e, const Folding& f, int64_t block)
-      : folding(f), cut(partition_of(e, block)), extent(e), grouping(e) {
+      : folding(f), cut(partition_of(e, block)), extent(e), grouping(e), channels(f.channels / f.groups) {
     const int64_t length = e.groups * e.channels, parts = cut.slices * length;
     first = static_cast<double*>(memory);
     second = first + parts;
     coefficients = {reinterpret_cast<T*>(second + parts), length, e.channels};
   }
-  /// The channels of one group.
-  int64_t channels() const { return folding.channels / folding.groups; }
   /// The first of a channel's columns in some group.
   int64_t first_column(int64_t group, int64_t channel) const {
-    return group * channels() * folding.repeat * folding.fold + channel * folding.repeat;
+    return group * channels * folding.repeat * folding.fold + channel * folding.repeat;
   }
   /// Sets a coefficient of some channels, in all their columns. NaN without its payload, which BF16 could not round.
   void set(int row, int64_t group, Range channels, const T* __restrict values) const {
