@@ -161,13 +161,15 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
                                                 typename D::Compute* first, typename D::Compute* second) {
   const int64_t ahead = rows_ahead(width, sizeof(typename D::Element));
   const int64_t x_ahead = ahead * p.x_strides.outer, dy_ahead = ahead * p.dy_strides.outer;
+  OuterWalk walk(outers, rows.first);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   for (int64_t r = rows.first; r < rows.last; ++r) {
+    const int64_t outer = walk.next();
     if constexpr (kIsCurved<D>) {
-      add_curved_gradients<D, kEnding>(p, outers[r], column, width, forwarded, first, second);
+      add_curved_gradients<D, kEnding>(p, outer, column, width, forwarded, first, second);
       continue;
     }
-    const UpstreamGradient<D, kEnding> row(p, outers[r], column, 0);
+    const UpstreamGradient<D, kEnding> row(p, outer, column, 0);
     each_pair<D>(width, [&](int64_t c, auto count) {
       if (!kIsSecond<decltype(count)>) prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
       add_gradients<D, kEnding>(row, c, count, forwarded, first, second);
@@ -239,33 +241,24 @@ void plane_gradients(const BackwardParams& p, const Partition& cut, const GroupO
                                       sum_dz, sum_dz_deviation);
 }
 
-/// The same of some columns, as pairs of their elements are read.
-template <class D, Ending kEnding>
-struct ArrangedForwarded {
-  static constexpr int kArranged = D::kAlternates ? (forwards_again(kEnding) ? 3 : 1) : 0;
-  typename D::Compute memory[kArranged][kSkewedBlock<D>];
-  Forwarded<D> here;
-
-  ArrangedForwarded(const Forwarded<D>& all, int64_t column, int64_t width)
-      : here{all.center + column, all.scale + column, all.shift + column} {
-    const typename D::Compute** const values[] = {&here.center, &here.scale, &here.shift};
-    for (int k = 0; k < kArranged; ++k) {
-      copy_arranged<D>(*values[k], width, memory[k]);
-      *values[k] = memory[k];
-    }
-  }
-};
-
 /// The sums over the group's outers [rows.first, rows.last), for the columns, kColumnBlock at most.
 template <class D, Ending kEnding>
 void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows, Range columns,
                    const Forwarded<D>& forwarded, double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
-  typename D::Compute first[kSkewedBlock<D>], second[kSkewedBlock<D>];
+  constexpr int kConstants = forwards_again(kEnding) ? 3 : 1;
   const int64_t c = columns.first, width = columns.last - c;
+  RowScratch<D, kConstants> scratch;
+  Forwarded<D> here{};
+  const typename D::Compute** const pointers[] = {&here.center, &here.scale, &here.shift};
+  const typename D::Compute* const values[] = {forwarded.center, forwarded.scale, forwarded.shift};
+  for (int k = 0; k < kConstants; ++k) {
+    copy_arranged<D>(values[k] + c, width, scratch.constant(k));
+    *pointers[k] = scratch.constant(k);
+  }
+  auto *const first = scratch.first(), *const second = scratch.second();
   for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;
-  const ArrangedForwarded<D, kEnding> arranged(forwarded, c, width);
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
-    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width, arranged.here, first, second);
+    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width, here, first, second);
     put_in_order<D>(first, in_pairs<D>(width)), put_in_order<D>(second, in_pairs<D>(width));
     for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
     for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);

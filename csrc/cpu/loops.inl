@@ -80,6 +80,22 @@ struct GroupOuters {
   }
 };
 
+/// The outers of one group from the j-th on, one after another: to divide for each takes as long as to add up a short row.
+class OuterWalk {
+ public:
+  OuterWalk(const GroupOuters& outers, int64_t j)
+      : outer_(outers[j]), rest_(outers.per_example - j % outers.per_example), per_example_(outers.per_example),
+        apart_((outers.groups - 1) * outers.per_example) {}
+  int64_t next() {
+    const int64_t outer = outer_++;
+    if (--rest_ == 0) outer_ += apart_, rest_ = per_example_;
+    return outer;
+  }
+
+ private:
+  int64_t outer_, rest_, per_example_, apart_;
+};
+
 /// Which outers belong to each group. Divides, so it is made once.
 class Grouping {
  public:
@@ -145,6 +161,27 @@ constexpr int64_t kShortPlane = 8 * 64 / sizeof(typename D::Element);
 constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
+
+/// What rows are summed in: two sums of each column, and constants of them. Read at some column, none lies at the place of
+/// a page where the sums of the last columns have just been written on another: the processor tells stores that it has
+/// not yet written by that place, and waits. Left to the frames of functions this came and went with every change.
+template <class D, int kConstants>
+class RowScratch {
+  using Compute = typename D::Compute;
+  static constexpr int64_t kBytes = kColumnBlock<D> * sizeof(Compute);
+  static constexpr int64_t kPage = 4096, kHalf = kPage / 2;
+  static constexpr int64_t kPlaces[] = {0, kBytes + kHalf, 2 * kBytes + kPage + kHalf, 3 * kBytes + 2 * kPage,
+                                        4 * kBytes + 2 * kPage};
+
+ public:
+  Compute* first() { return at(0); }
+  Compute* second() { return at(1); }
+  Compute* constant(int k) { return at(2 + k); }
+
+ private:
+  Compute* at(int i) { return reinterpret_cast<Compute*>(memory_ + kPlaces[i]); }
+  alignas(64) char memory_[kPlaces[1 + kConstants] + kBytes];
+};
 
 constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
 constexpr int64_t kRowBlock = 512, kRowSlice = 128, kSliceElements = 1 << 18, kPlaneSlice = 32768;

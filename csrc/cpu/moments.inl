@@ -138,15 +138,14 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
 /// is quickest to read, while what lies `ahead` of it is fetched. Chains of sums are short where rounding shows.
 template <class D>
 __attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width, int64_t ahead,
-                                             const typename D::Compute* pivot, double* __restrict first,
-                                             double* __restrict second) {
+                                             const typename D::Compute* pivot, RowScratch<D, 1>& scratch,
+                                             double* __restrict first, double* __restrict second) {
   using P = Parameter<D>;
   constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
-  typename D::Compute few_first[kSkewedBlock<D>], few_second[kSkewedBlock<D>];
-  typename D::Compute arranged[D::kAlternates ? kSkewedBlock<D> : 0];
-  const auto* const center = D::kAlternates ? arranged : pivot;
+  typename D::Compute *const few_first = scratch.first(), *const few_second = scratch.second();
+  typename D::Compute* const center = scratch.constant(0);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  if constexpr (D::kAlternates) copy_arranged<D>(pivot, width, arranged);
+  copy_arranged<D>(pivot, width, center);
   for (int begin = 0; begin < n; begin += kFew) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
     for (int r = begin; r < n && r < begin + kFew; ++r) {
@@ -169,23 +168,24 @@ template <class D>
 void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t ahead, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
-  Compute pivot[kSkewedBlock<D>] = {};
-  double first[kSkewedBlock<D>], second[kSkewedBlock<D>];
+  RowScratch<D, 1> scratch;
+  Compute pivot[kColumnBlock<D>] = {};
+  double first[kColumnBlock<D>], second[kColumnBlock<D>];
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
-    sum_deviations<D>(row, few, width, ahead, pivot, first, second);
+    sum_deviations<D>(row, few, width, ahead, pivot, scratch, first, second);
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
   for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
-  sum_deviations<D>(row, n, width, ahead, pivot, first, second);
+  sum_deviations<D>(row, n, width, ahead, pivot, scratch, first, second);
   int far = 0, special = 0;
   for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
-    sum_deviations<D>(row, n, width, ahead, pivot, first, second);
+    sum_deviations<D>(row, n, width, ahead, pivot, scratch, first, second);
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
   for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
@@ -212,7 +212,8 @@ void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, 
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
-    for (int r = 0; r < n; ++r) row[r] = x + outers[begin + r] * p.x_strides.outer;
+    OuterWalk walk(outers, begin);
+    for (int r = 0; r < n; ++r) row[r] = x + walk.next() * p.x_strides.outer;
     join_row_block<D>(row, n, width, ahead, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }
