@@ -126,9 +126,9 @@ def page(rows: Sequence[Row]) -> str:
 
 {first.machine}, {first.threads} threads, torch {first.torch}, commit {first.commit}, {first.date}.
 
-The time of a layer with the option over that of the plain layer, measured side by side on ResNet-50's shapes, all of more
-than 1 MiB, whose batch is 8 to 32: geometric mean over the shapes, and the worst shape in brackets. `{COMPOSITE}` is the same
-layer in plain torch operations (`fused=False`).
+The time of a layer with the option over that of the plain layer, measured side by side on ResNet-50's shapes, all of
+more than 1 MiB, whose batch is 8 to 32: geometric mean over the shapes, and the worst shape in brackets.
+`{COMPOSITE}` is the same layer in plain torch operations (`fused=False`).
 
 {table(rows)}
 """
