@@ -3,7 +3,7 @@
 
 constexpr int64_t kChannels = 64;  // at a time: what belongs to them lies on the stack
 
-/// Calls f(group, channels) for some of the channels that are walked, of all groups, kChannels at most at once.
+/// Calls f(group, channels) for the channels that are walked, of all groups, kChannels at most at once.
 template <class T, class F>
 void by_blocks(const Workspace<T>& work, Range walked, const F& f) {
   const int64_t channels = work.channels;

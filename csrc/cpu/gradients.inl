@@ -248,13 +248,12 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
   constexpr int kConstants = forwards_again(kEnding) ? 3 : 1;
   const int64_t c = columns.first, width = columns.last - c;
   RowScratch<D, kConstants> scratch;
-  Forwarded<D> here{};
-  const typename D::Compute** const pointers[] = {&here.center, &here.scale, &here.shift};
-  const typename D::Compute* const values[] = {forwarded.center, forwarded.scale, forwarded.shift};
-  for (int k = 0; k < kConstants; ++k) {
-    copy_arranged<D>(values[k] + c, width, scratch.constant(k));
-    *pointers[k] = scratch.constant(k);
-  }
+  const auto copy = [&](int k, const typename D::Compute* values) {
+    copy_arranged<D>(values + c, width, scratch.constant(k));
+    return scratch.constant(k);
+  };
+  Forwarded<D> here{copy(0, forwarded.center), nullptr, nullptr};
+  if constexpr (kConstants > 1) here.scale = copy(1, forwarded.scale), here.shift = copy(2, forwarded.shift);
   auto *const first = scratch.first(), *const second = scratch.second();
   for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;
   for (int64_t r = rows.first; r < rows.last; r += kFewRows) {

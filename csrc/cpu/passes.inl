@@ -195,7 +195,7 @@ struct Backward {
     if (folding.groups == 1) conclude(channels);
   }
   void conclude(Range channels) const { add_groups(given, work, channels); }
-  void map_curved(Range outers, Range columns, int64_t x_away, int64_t dy_away) const {
+  void map_curved_gradient(Range outers, Range columns, int64_t x_away, int64_t dy_away) const {
     if constexpr (kKeepsGradient<Curved<D>>) {
       if (!p.dx) return;
       BackwardParams kept = p;
@@ -224,7 +224,7 @@ struct Backward {
     else if (p.activation == Activation::relu && !p.residual && !p.dresidual)
       map(NormalizeGradient<D, Ending::relu>{p, x_away, dy_away, from_cache()});
     else if (is_curved(p.activation))
-      map_curved(outers, columns, x_away, dy_away);
+      map_curved_gradient(outers, columns, x_away, dy_away);
     else
       map_elements<D, false>(NormalizeGradient<D, Ending::general>{p, x_away, dy_away, from_cache()}, p.extent,
                              work.coefficients, outers, columns);
