@@ -20,7 +20,7 @@ from torch_bn import _build, _compile, _operators
 
 NOTICE = (
     "torch_bn runs on plain torch operations: no compiled kernels lie in the package; "
-    "torch_bn.load() compiles them in 40 seconds.\n"
+    "torch_bn.load() compiles them in two minutes.\n"
 )
 LOAD = "import torch_bn; torch_bn.load(verbose=True); print(torch_bn.build_info()['extension'])"
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -35,7 +35,7 @@ def unavailable_reason() -> str | None:
 def load(verbose: bool = False) -> None:
     """Compiles the kernels for the installed torch, unless a cache holds them already, and switches to them.
 
-    Takes about 40 seconds the first time, on two cores; needs ninja and a C++20 compiler (GCC; on macOS Apple's
+    Takes about two minutes the first time, on two cores; needs ninja and a C++20 compiler (GCC; on macOS Apple's
     clang). Does nothing where the kernels are loaded already. The cache lies in TORCH_EXTENSIONS_DIR or torch's default
     for it; MAX_JOBS limits the compilers that run at once. Processes that load at the same time share one compilation.
 
@@ -115,7 +115,7 @@ def _start() -> None:
         else:
             _adopt(_C, "built")
     if _reason is not None:
-        hint = "" if sys.platform == "win32" else "; torch_bn.load() compiles them in 40 seconds"
+        hint = "" if sys.platform == "win32" else "; torch_bn.load() compiles them in two minutes"
         logger.warning("torch_bn runs on plain torch operations: %s%s.", _reason, hint)
 
 
