@@ -107,6 +107,41 @@ void finish_moments(const ForwardParams& p, const Workspace<T>& work, Range walk
   });
 }
 
+/// The correction of some channels by the averages as they are.
+template <class T>
+void find_corrections(const ForwardParams& p, RenormWeights weights, Range channels, const double* __restrict mean,
+                      const double* __restrict variance) {
+  const Renorm renorm = p.running.renorm;
+  const double eps = p.eps;
+  double average_mean[kChannels], average_stddev[kChannels];
+  read_parameter<T>(renorm.mean, channels, 0, average_mean);
+  read_parameter<T>(renorm.stddev, channels, 0, average_stddev);
+  double *__restrict r = p.correction + channels.first, *__restrict d = r + p.extent.channels;
+  for (int64_t i = 0; i < channels.last - channels.first; ++i) {
+    const Correction found =
+        renorm_correction(renorm, weights, average_mean[i], average_stddev[i], mean[i], variance[i], eps);
+    r[i] = found.r;
+    d[i] = found.d;
+  }
+}
+
+/// update_running of some channels. NB: by value, as what is entered might change them otherwise.
+template <class T>
+void update_channels(Running running, RunningStep step, Range channels, double* __restrict mean,
+                     double* __restrict variance, double eps) {
+  const int64_t n = channels.last - channels.first;
+  if (running.renorm.mean)
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i)
+      enter_averages<T>(running.renorm, step.renorm, channels.first + i, mean[i], variance[i], eps);
+  if (running.mean)
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) enter<T>(running.mean, channels.first + i, mean[i], step.momentum);
+  if (running.var)
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) enter<T>(running.var, channels.first + i, variance[i], step.momentum);
+}
+
 /// Enters the means over all groups into the running statistics, with which renorm finds its correction.
 template <class T>
 void enter_statistics(const ForwardParams& p, const Workspace<T>& work, const RunningStep& step, Range channels) {
@@ -123,8 +158,12 @@ void enter_statistics(const ForwardParams& p, const Workspace<T>& work, const Ru
       for (int64_t i = 0; i < n; ++i) mean[i] += group_mean[i];
       for (int64_t i = 0; i < n; ++i) variance[i] += group_variance[i * repeat] * factor;
     }
-    for (int64_t i = 0; i < n; ++i)
-      finish_forward<T>(p, block.first + i, step, mean[i] / double(groups), variance[i] / double(groups));
+    for (int64_t i = 0; i < n; ++i) mean[i] /= double(groups);
+    for (int64_t i = 0; i < n; ++i) variance[i] /= double(groups);
+    if (p.running.renorm.mean) find_corrections<T>(p, step.renorm, block, mean, variance);
+    if (!p.statistics) return update_channels<T>(p.running, step, block, mean, variance, p.eps);
+    __builtin_memcpy(p.statistics + block.first, mean, n * sizeof(double));
+    __builtin_memcpy(p.statistics + p.extent.channels + block.first, variance, n * sizeof(double));
   });
 }
 

@@ -30,13 +30,17 @@ void inference(const InferenceParams& p, const Executor& executor) {
 }
 
 template <class T>
-void update_channels(const UpdateParams& p) {
+void update(const UpdateParams& p) {
   const RunningStep step = step_of<T>(p.running);
   count_batch<T>(p.running, step);
-  for (int64_t c = 0; c < p.channels; ++c)
-    update_running<T>(p.running, step, c, p.statistics[c], p.statistics[p.channels + c], p.eps);
+  by_blocks({0, p.channels}, [&](Range block) {
+    double mean[kChannels], variance[kChannels];
+    read_parameter<double>(p.statistics, block, 0, mean);
+    read_parameter<double>(p.statistics + p.channels, block, 0, variance);
+    update_channels<T>(p.running, step, block, mean, variance, p.eps);
+  });
 }
 
 void update(const UpdateParams& p) {
-  with_dtype(p.dtype, [&](auto d) { update_channels<typename decltype(d)::Compute>(p); });
+  with_dtype(p.dtype, [&](auto d) { update<typename decltype(d)::Compute>(p); });
 }

@@ -46,26 +46,33 @@ BN_INLINE void count_batch(const Running& running, const RunningStep& step) {
   }
 }
 
-/// Enters a channel's statistics. With renorm the moving ones follow its averages, divided by their weights (TensorFlow
-/// 1.8): an average of averages, whose variance comes back from a deviation that includes eps.
+/// Enters a value into a channel's moving one, and returns what that is now.
+template <typename T>
+BN_INLINE double enter(void* values, long channel, double value, double weight) {
+  T& at = static_cast<T*>(values)[channel];
+  const double entered = moving_average(at, value, weight);
+  at = T(entered);
+  return entered;
+}
+
+/// Enters a channel's statistics into the averages of renorm, and makes of them what the moving ones follow (TensorFlow
+/// 1.8): these averages, divided by their weights. The variance comes back from a deviation that includes eps.
+template <typename T, class Renorm>
+BN_INLINE void enter_averages(const Renorm& renorm, const RenormWeights& weights, long channel, double& mean,
+                              double& variance, double eps) {
+  mean = enter<T>(renorm.mean, channel, mean, renorm.momentum) / weights.new_mean;
+  const double stddev =
+      enter<T>(renorm.stddev, channel, ::sqrt(variance + eps), renorm.momentum) / weights.new_stddev;
+  variance = stddev * stddev - eps;
+}
+
+/// Enters a channel's statistics.
 template <typename T, class Running>
 BN_INLINE void update_running(const Running& running, const RunningStep& step, long channel, double mean, double variance,
                               double eps) {
-  const auto enter = [&](void* values, double value, double weight) {
-    T& at = static_cast<T*>(values)[channel];
-    const double entered = moving_average(at, value, weight);
-    at = T(entered);
-    return entered;
-  };
-  if (running.renorm.mean) {
-    const double momentum = running.renorm.momentum;
-    mean = enter(running.renorm.mean, mean, momentum) / step.renorm.new_mean;
-    const double stddev =
-        enter(running.renorm.stddev, ::sqrt(variance + eps), momentum) / step.renorm.new_stddev;
-    variance = stddev * stddev - eps;
-  }
-  if (running.mean) enter(running.mean, mean, step.momentum);
-  if (running.var) enter(running.var, variance, step.momentum);
+  if (running.renorm.mean) enter_averages<T>(running.renorm, step.renorm, channel, mean, variance, eps);
+  if (running.mean) enter<T>(running.mean, channel, mean, step.momentum);
+  if (running.var) enter<T>(running.var, channel, variance, step.momentum);
 }
 
 }  // namespace torch_bn
