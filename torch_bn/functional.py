@@ -267,6 +267,29 @@ def _batch_norm(
             *(training, momentum, eps, axis, fused, extras),
             ending,
         )
+    return _dispatched(
+        *(input, weight, bias, running_mean, running_var, num_batches_tracked),
+        *(training, momentum, eps, axis, fused, extras),
+        ending,
+    )
+
+
+def _dispatched(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    axis: int,
+    fused: bool | None,
+    extras: Extras | None,
+    ending: Ending | None,
+) -> Tensor:
+    """By the operator of torch.ops or plain torch operations. NB: apart, as a function with closures starts slowly."""
     obstacle = "" if fused is False else _obstacle(input)
     if fused and obstacle is not None:
         raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")

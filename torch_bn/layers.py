@@ -11,7 +11,7 @@ from . import _shapes
 from ._checks import FLOATS, Renorm
 from ._store import VariableStore, batch_normalization
 from .functional import Extras, _batch_norm_with
-from .modules import RENORM_STATE, keep_from_half, settle_renorm
+from .modules import RENORM_STATE, keep_from_half, renorm_averages, settle_renorm
 from .regularizers import losses_of
 from .schedules import check_clipping, clipping_at
 
@@ -293,10 +293,7 @@ class BatchNormalization(nn.Module):
         if clipping and any(callable(bound) for bound in clipping.values()):
             assert self.num_batches_tracked is not None  # built
             step = int(self.num_batches_tracked)
-        return Renorm(
-            self.renorm_mean, self.renorm_stddev, self.renorm_mean_weight, self.renorm_stddev_weight,
-            1 - self.renorm_momentum, *clipping_at(clipping, step),
-        )  # fmt: skip
+        return Renorm(*renorm_averages(self), 1 - self.renorm_momentum, *clipping_at(clipping, step))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNormalization":
         before = dict(self._buffers)

@@ -250,10 +250,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         step = 0
         if clipping and any(callable(bound) for bound in clipping.values()):
             step = int(self.num_batches_tracked) if self.num_batches_tracked is not None else 0
-        return Renorm(
-            self.renorm_mean, self.renorm_stddev, self.renorm_mean_weight, self.renorm_stddev_weight,
-            self.renorm_momentum, *clipping_at(clipping, step),
-        )  # fmt: skip
+        return Renorm(*renorm_averages(self), self.renorm_momentum, *clipping_at(clipping, step))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_BatchNorm":
         before = dict(self._buffers)
@@ -319,6 +316,17 @@ def keep_from_half(layer: nn.Module, before: Mapping[str, Tensor | None]) -> Non
         old, new = before.get(name), layer._buffers.get(name)
         if old is not None and new is not None and new.dtype in _HALVES and old.dtype not in _HALVES:
             layer._buffers[name] = old.to(new.device)
+
+
+def renorm_averages(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors that RENORM_STATE names, as quickly as forward finds its own."""
+    try:
+        return _renorm_buffers(layer._buffers)  # type: ignore[no-any-return]
+    except KeyError:
+        return operator.attrgetter(*RENORM_STATE)(layer)
+
+
+_renorm_buffers = operator.itemgetter(*RENORM_STATE)
 
 
 def settle_renorm(

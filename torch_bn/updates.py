@@ -57,7 +57,14 @@ class DeferredUpdates:
         self._updates.append(update)
 
 
-_collectors = threading.local()
+class _Collectors(threading.local):
+    """The blocks that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[DeferredUpdates] = []
+
+
+_collectors = _Collectors()
 
 
 @contextmanager
@@ -89,16 +96,16 @@ def deferred_updates() -> Iterator[DeferredUpdates]:
 
 def push(collector: DeferredUpdates) -> None:
     """From now on this one collects."""
-    vars(_collectors).setdefault("stack", []).append(collector)
+    _collectors.stack.append(collector)
 
 
 def remove(collector: DeferredUpdates) -> None:
-    vars(_collectors)["stack"].remove(collector)
+    _collectors.stack.remove(collector)
 
 
 def collector() -> DeferredUpdates | None:
     """Where updates go now, if not into the running statistics."""
-    stack = getattr(_collectors, "stack", None)
+    stack = _collectors.stack
     return stack[-1] if stack else None
 
 
