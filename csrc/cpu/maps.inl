@@ -15,16 +15,18 @@ enum class Writing { cached, joined, streamed };
 
 /// Large outputs go past the caches: they would push out of the last one what is needed sooner, and each of their lines
 /// would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
-/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. Whole lines only, because
-/// one of which other stores write a part is fetched all the same. Two planes of the one output that there is may share
-/// a line, of which each writes whole registers soon after the other.
+/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. Planes sooner than rows: a
+/// reader in the order of memory finds the half of them in the cache of another core. Whole lines only, because one of
+/// which other stores write a part is fetched all the same. Two planes of the one output that there is may share a line,
+/// of which each writes whole registers soon after the other.
 template <class D>
 Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor,
                        bool one_output = true) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
-  const bool large = e.outer * e.channels * e.inner * kBytes >= executor.cache_bytes / (training ? 16 : 4);
   const bool planes = e.inner > 1;
-  if (!kHasLines<D> || !large || (planes && s.channel != e.inner)) return Writing::cached;
+  const int64_t large = executor.cache_bytes / (training ? (planes ? 32 : 16) : 4);
+  if (!kHasLines<D> || e.outer * e.channels * e.inner * kBytes < large || (planes && s.channel != e.inner))
+    return Writing::cached;
   const int64_t apart = (s.outer | (planes ? e.inner : 0)) * kBytes;
   const int64_t least_apart = planes && one_output ? BN_VECTOR_BYTES : kLine;
   if ((reinterpret_cast<uintptr_t>(out) | uintptr_t(apart)) % least_apart == 0) return Writing::streamed;
