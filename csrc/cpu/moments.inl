@@ -44,7 +44,9 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
           s1 += d;
           s2 += d * d;
         };
-        sums.add(s.count, add, [=](int64_t i) BN_FETCHES { prefetch_ahead(from + i + away); });
+        sums.add(s.count, add, [=](int64_t i) BN_FETCHES {
+          if constexpr (kReductionsFetch) prefetch_ahead(from + i + away);
+        });
       }
       wide[c].add(sums, unit == units.first);
     }
@@ -61,7 +63,9 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
   alignas(64) typename D::Compute center[kReducedRun + kSlack];
   WideSums<Parameter<D>> wide[kRunChannels];
   spread_to_reduce<D>(pivot, width, inner, center);
-  const auto fetch = [&](const auto* row, int64_t i) BN_FETCHES { prefetch_ahead(row + i + away); };
+  const auto fetch = [&](const auto* row, int64_t i) BN_FETCHES {
+    if constexpr (kReductionsFetch) prefetch_ahead(row + i + away);
+  };
   const auto add = [&](const auto* row, int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
     const Vec<D> d = load<D>(row + i, lanes) - load<Parameter<D>>(center + i, lanes);
     s1 += d;
