@@ -121,12 +121,15 @@ void run_steps(const Steps& steps, const Executor& executor) {
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
 /// until they are mapped, while the next come. With two inputs few. Groups need many, as each block has some work for each
 /// of them. Whole runs, unless some threads would have none. A power of two, which threads share evenly.
+/// With AVX2 the half of what alone is read, as the maps ask for the next block all at once.
 int64_t channels_at_once(const Steps& steps, int threads) {
-  constexpr int64_t kCacheBytes = 1 << 18, kMany = 64;
+  constexpr int64_t kMany = 64;
+  const bool small = BN_VECTOR_BYTES < 64 && steps.inputs == 1 && !steps.map_reads_more;
+  const int64_t cache_bytes = small ? 1 << 17 : 1 << 18;
   const Extent& e = steps.extent;
   const int64_t bytes = e.outer * e.inner * steps.element_bytes, shared = e.channels / (2 * threads);
   const bool many = steps.inputs == 1 || e.groups > 1;
-  const int64_t fitting = least(many ? kMany : kPlanes, kCacheBytes / (bytes * steps.inputs));
+  const int64_t fitting = least(many ? kMany : kPlanes, cache_bytes / (bytes * steps.inputs));
   return most(power_of_two(least(most(fitting, steps.run), shared)), steps.together);
 }
 
