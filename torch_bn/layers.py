@@ -290,7 +290,7 @@ class BatchNormalization(nn.Module):
 
     def _renorm_state(self) -> Renorm:
         clipping, step = self.renorm_clipping, 0
-        if clipping and any(callable(bound) for bound in clipping.values()):
+        if clipping and any(map(callable, clipping.values())):
             assert self.num_batches_tracked is not None  # built
             step = int(self.num_batches_tracked)
         return Renorm(*renorm_averages(self), 1 - self.renorm_momentum, *clipping_at(clipping, step))

@@ -248,7 +248,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def _renorm_state(self) -> Renorm:
         clipping = self.renorm_clipping
         step = 0
-        if clipping and any(callable(bound) for bound in clipping.values()):
+        if clipping and any(map(callable, clipping.values())):
             step = int(self.num_batches_tracked) if self.num_batches_tracked is not None else 0
         return Renorm(*renorm_averages(self), self.renorm_momentum, *clipping_at(clipping, step))
 
@@ -321,12 +321,11 @@ def keep_from_half(layer: nn.Module, before: Mapping[str, Tensor | None]) -> Non
 def renorm_averages(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The tensors that RENORM_STATE names, as quickly as forward finds its own."""
     try:
-        return _renorm_buffers(layer._buffers)  # type: ignore[no-any-return]
+        held = layer._buffers
+        mean, stddev = held["renorm_mean"], held["renorm_stddev"]
+        return mean, stddev, held["renorm_mean_weight"], held["renorm_stddev_weight"]  # type: ignore[return-value]
     except KeyError:
         return operator.attrgetter(*RENORM_STATE)(layer)
-
-
-_renorm_buffers = operator.itemgetter(*RENORM_STATE)
 
 
 def settle_renorm(

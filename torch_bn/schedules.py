@@ -173,6 +173,8 @@ def clipping_at(clipping: Clipping | None, step: int) -> tuple[float | None, flo
 
 def _value_at(clipping: Clipping, key: str, step: int) -> float | None:
     value = clipping.get(key)
+    if type(value) is float:  # as nearly all are: the questions below take microseconds, at every forward
+        return value
     called = callable(value)
     if callable(value):
         value = value(step)
