@@ -15,8 +15,8 @@ enum class Writing { cached, joined, streamed };
 
 /// Large outputs go past the caches: they would push out of the last one what is needed sooner, and each of their lines
 /// would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
-/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. Planes sooner than rows: a
-/// reader in the order of memory finds the half of them in the cache of another core. Whole lines only, because one of
+/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. With AVX2 planes sooner than
+/// rows: a reader in the order of memory finds the half of them in the cache of another core. Whole lines only, because one of
 /// which other stores write a part is fetched all the same. Two planes of the one output that there is may share a line,
 /// of which each writes whole registers soon after the other.
 template <class D>
@@ -24,7 +24,7 @@ Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool 
                        bool one_output = true) {
   constexpr int64_t kBytes = sizeof(typename D::Element), kLine = 64;
   const bool planes = e.inner > 1;
-  const int64_t large = executor.cache_bytes / (training ? (planes ? 32 : 16) : 4);
+  const int64_t large = executor.cache_bytes / (!training ? 4 : planes && BN_VECTOR_BYTES < 64 ? 32 : 16);
   if (!kHasLines<D> || e.outer * e.channels * e.inner * kBytes < large || (planes && s.channel != e.inner))
     return Writing::cached;
   const int64_t apart = (s.outer | (planes ? e.inner : 0)) * kBytes;
