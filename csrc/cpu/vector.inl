@@ -27,6 +27,16 @@ BN_INLINE BothHalves alternating(BothHalves even, BothHalves odd, std::integer_s
   return __builtin_shufflevector(even, odd, (kLane % 2 ? int(sizeof...(kLane)) + kLane : kLane)...);
 }
 
+/// a - b, or 0 where b is more. GCC makes three operations of one.
+BN_INLINE BothHalves difference_or_zero(BothHalves a, BothHalves b) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && BN_VECTOR_BYTES == 32
+  typedef VectorOf<short, BN_VECTOR_BYTES>::type Shorts;
+  return (BothHalves)__builtin_ia32_psubusw256((Shorts)a, (Shorts)b);
+#else
+  return (a - b) & (BothHalves)(a > b);
+#endif
+}
+
 /// The high halves of 32-bit lanes, of one register or two, and 32-bit lanes of high halves over zeros: one shuffle, where
 /// compilers make several of conversions and shifts. SSE2 has no such shuffle.
 #if BN_VECTOR_BYTES > 16
@@ -93,9 +103,13 @@ struct BF16 {
 
   BN_INLINE Floats even(BothHalves h) { return (Floats)((Bits)h << 16); }
   BN_INLINE Floats odd(BothHalves h) { return (Floats)((Bits)h & 0xffff0000u); }
+  /// As rounded(), for both registers at once: what is dropped rounds up if it is more than a half, less one of its units
+  /// where the number kept is even.
   BN_INLINE BothHalves narrow_alternating(Floats even, Floats odd) {
-    return alternating((BothHalves)(rounded(even) >> 16), (BothHalves)rounded(odd),
-                       std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{});
+    constexpr auto kAll = std::make_integer_sequence<int, BN_VECTOR_BYTES / 2>{};
+    const BothHalves kept = alternating((BothHalves)((Bits)even >> 16), (BothHalves)odd, kAll);
+    const BothHalves dropped = alternating((BothHalves)even, (BothHalves)((Bits)odd << 16), kAll);
+    return kept + (difference_or_zero(dropped, ~kept & 1) >> 15);
   }
 
  private:
