@@ -267,37 +267,19 @@ def _batch_norm(
             *(training, momentum, eps, axis, fused, extras),
             ending,
         )
-    return _dispatched(
-        *(input, weight, bias, running_mean, running_var, num_batches_tracked),
-        *(training, momentum, eps, axis, fused, extras),
-        ending,
-    )
+    plain = (input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
+    return _dispatched(plain, fused, extras, ending)
 
 
-def _dispatched(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    axis: int,
-    fused: bool | None,
-    extras: Extras | None,
-    ending: Ending | None,
-) -> Tensor:
+def _dispatched(plain: tuple[Any, ...], fused: bool | None, extras: Extras | None, ending: Ending | None) -> Tensor:
     """By the operator of torch.ops or plain torch operations. NB: apart, as a function with closures starts slowly."""
+    input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis = plain
     obstacle = "" if fused is False else _obstacle(input)
     if fused and obstacle is not None:
         raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")
     if extras is None and ending is None and not (training and updates.interfere()):
         forward = reference.batch_norm if obstacle is not None else _operators.batch_norm
-        return forward(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis
-        )
+        return forward(*plain)
     extras, ending = extras or Extras(), ending or Ending()
     inplace = extras.inplace and not torch.compiler.is_compiling()
     if inplace:
@@ -305,7 +287,6 @@ def _dispatched(
         inplace = not updates.repeats()
 
     def run(statistics: Tensor | None, renorm: Renorm | None) -> Tensor:
-        plain = (input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis)
         if obstacle is not None:
             return reference.batch_norm(*plain, *extras[:3], renorm, statistics, *ending)
         more = (*extras[:3], *(renorm or _NO_RENORM), statistics, *ending)

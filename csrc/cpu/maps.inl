@@ -14,11 +14,10 @@ BN_INLINE void advance(Element*& place, const Strides& s) {
 enum class Writing { cached, joined, streamed };
 
 /// Large outputs go past the caches: they would push out of the last one what is needed sooner, and each of their lines
-/// would be fetched before it is overwritten. In training sooner than in inference, after which the output is read
-/// soonest: there a reader at once, which then has to fetch it, gives back what was gained. With AVX2 planes sooner than
-/// rows: a reader in the order of memory finds the half of them in the cache of another core. Whole lines only, because one of
-/// which other stores write a part is fetched all the same. Two planes of the one output that there is may share a line,
-/// of which each writes whole registers soon after the other.
+/// would be fetched before it is overwritten. In training sooner than in inference, after which the output is read soonest:
+/// there a reader at once, which then has to fetch it, gives back what was gained. With AVX2 planes sooner than rows, with
+/// which a reader lost a tenth. Whole lines only, because one of which other stores write a part is fetched all the same.
+/// Two planes of the one output that there is may share a line, of which each writes whole registers soon after the other.
 template <class D>
 Writing way_of_writing(const Extent& e, const void* out, const Strides& s, bool training, const Executor& executor,
                        bool one_output = true) {

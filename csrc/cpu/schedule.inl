@@ -121,7 +121,7 @@ void run_steps(const Steps& steps, const Executor& executor) {
 /// How many channels of planes are taken at once: neighbours make one run of memory, and all stay in a core's own cache
 /// until they are mapped, while the next come. With two inputs few. Groups need many, as each block has some work for each
 /// of them. Whole runs, unless some threads would have none. A power of two, which threads share evenly.
-/// With AVX2 the half of what alone is read, as the maps ask for the next block all at once.
+/// With AVX2 half as many where nothing but x is read, as measured there.
 int64_t channels_at_once(const Steps& steps, int threads) {
   constexpr int64_t kMany = 64;
   const bool small = BN_VECTOR_BYTES < 64 && steps.inputs == 1 && !steps.map_reads_more;
