@@ -338,3 +338,20 @@ def test_the_number_of_elements_may_exceed_what_a_float_counts():
     mean, var = torch.zeros(1), torch.zeros(1)
     batch_norm(x, mean, var, training=True, momentum=1.0, fused=True)
     assert mean.item() == 0.5 and abs(var.item() - 0.25) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_are_rounded_to_nearest_even(dtype, layout, device):
+    # Of a zero input y is the bias: ties, what lies next to them on both sides, and carries into the exponent.
+    kept = torch.arange(0x3C00, 0x3C00 + 257, dtype=torch.int32) << 16
+    dropped = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    if dtype == torch.float16:
+        kept, dropped = kept >> 3, dropped >> 3
+        dropped[-2:] += 1
+    bias = (kept[:, None] + dropped).flatten().view(torch.float32).to(device)
+    bias = torch.cat([bias, -bias])
+    x = LAYOUTS[layout](torch.zeros(2, bias.numel(), 5, 7, dtype=dtype, device=device))
+    zeros, ones = torch.zeros_like(bias), torch.ones_like(bias)
+    y = batch_norm(x, zeros, ones, ones, bias)
+    torch.testing.assert_close(y, bias.to(dtype)[:, None, None].expand_as(x), rtol=0, atol=0)

@@ -271,15 +271,19 @@ def _batch_norm(
     return _dispatched(plain, fused, extras, ending)
 
 
-def _dispatched(plain: tuple[Any, ...], fused: bool | None, extras: Extras | None, ending: Ending | None) -> Tensor:
+_Maybe = Tensor | None
+_Plain = tuple[Tensor, _Maybe, _Maybe, _Maybe, _Maybe, _Maybe, bool, float | None, float, int]
+"""The first arguments of _batch_norm, up to axis."""
+
+
+def _dispatched(plain: _Plain, fused: bool | None, extras: Extras | None, ending: Ending | None) -> Tensor:
     """By the operator of torch.ops or plain torch operations. NB: apart, as a function with closures starts slowly."""
     input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, axis = plain
     obstacle = "" if fused is False else _obstacle(input)
     if fused and obstacle is not None:
         raise RuntimeError(f"batch_norm: fused=True needs the compiled kernels, but {obstacle}")
     if extras is None and ending is None and not (training and updates.interfere()):
-        forward = reference.batch_norm if obstacle is not None else _operators.batch_norm
-        return forward(*plain)
+        return (reference.batch_norm if obstacle is not None else _operators.batch_norm)(*plain)
     extras, ending = extras or Extras(), ending or Ending()
     inplace = extras.inplace and not torch.compiler.is_compiling()
     if inplace:
