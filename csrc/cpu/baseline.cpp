@@ -12,6 +12,7 @@ namespace {
 #include "vector.inl"
 #include "registers.inl"
 #include "loops.inl"
+#include "rows.inl"
 #include "activations.inl"
 #include "mask.inl"
 #include "runs.inl"

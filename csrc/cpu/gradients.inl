@@ -117,18 +117,25 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
   }
 }
 
-/// Adds those of one register to the sums, each at the same place.
-template <class D, Ending kEnding, class Count>
-BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding>& row, int64_t c, Count count, const Forwarded<D>& forwarded,
-                             typename D::Compute* first, typename D::Compute* second) {
+/// Adds those of one register of some rows to the sums, each at the same place.
+template <class D, Ending kEnding, int kRows, class Count>
+BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding> (&rows)[kRows], int64_t c, Count count,
+                             const Forwarded<D>& forwarded, typename D::Compute* first, typename D::Compute* second) {
   using P = Parameter<D>;
-  const Vec<D> deviation = load<D>(row.x + c, count) - load<P>(forwarded.center + c, count);
+  const Vec<D> center = load<P>(forwarded.center + c, count);
   Vec<D> scale = {}, shift = {};
   if constexpr (forwards_again(kEnding))
     scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
-  const Vec<D> dz = row.dz(c, count, deviation, scale, shift);
-  store<P>(first + c, load<P>(first + c, count) + dz, count);
-  store<P>(second + c, load<P>(second + c, count) + dz * deviation, count);
+  Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
+#pragma GCC unroll 4
+  for (int k = 0; k < kRows; ++k) {
+    const Vec<D> deviation = load<D>(rows[k].x + c, count) - center;
+    const Vec<D> dz = rows[k].dz(c, count, deviation, scale, shift);
+    s1 += dz;
+    s2 += dz * deviation;
+  }
+  store<P>(first + c, s1, count);
+  store<P>(second + c, s2, count);
 }
 
 /// Adds those of a row through a curved activation, a block at a time.
@@ -145,8 +152,8 @@ BN_INLINE void add_curved_gradients(const BackwardParams& p, int64_t outer, int6
       const auto at = [=](const auto* values) BN_INLINED { return load<Parameter<D>>(values + c, count); };
       return ForwardedLanes<D>{at(here.center), at(here.scale), at(here.shift)};
     };
-    UpstreamGradient<D, kEnding> row(p, outer, column, begin);
-    row.find(n, forwarded_at, block);
+    UpstreamGradient<D, kEnding> row[] = {{p, outer, column, begin}};
+    row->find(n, forwarded_at, block);
     each_register<D>(0, n, [&](int64_t c, auto count) {
       add_gradients<D, kEnding>(row, c, count, here, first + begin, second + begin);
     });
@@ -159,22 +166,23 @@ template <class D, Ending kEnding>
 __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
                                                 int64_t column, int64_t width, const Forwarded<D>& forwarded,
                                                 typename D::Compute* first, typename D::Compute* second) {
-  const int64_t ahead = rows_ahead(width, sizeof(typename D::Element));
-  const int64_t x_ahead = ahead * p.x_strides.outer, dy_ahead = ahead * p.dy_strides.outer;
   OuterWalk walk(outers, rows.first);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
-  for (int64_t r = rows.first; r < rows.last; ++r) {
-    const int64_t outer = walk.next();
-    if constexpr (kIsCurved<D>) {
-      add_curved_gradients<D, kEnding>(p, outer, column, width, forwarded, first, second);
-      continue;
-    }
-    const UpstreamGradient<D, kEnding> row(p, outer, column, 0);
-    each_pair<D>(width, [&](int64_t c, auto count) {
-      if (!kIsSecond<decltype(count)>) prefetch_ahead(row.x + c + x_ahead), prefetch_ahead(row.dy + c + dy_ahead);
-      add_gradients<D, kEnding>(row, c, count, forwarded, first, second);
+  const int64_t x_stride = p.x_strides.outer, dy_stride = p.dy_strides.outer;
+  const bool several = !kIsCurved<D> && width >= kLongRow<D>, one_run = x_stride == width && dy_stride == width;
+  each_few_rows<2>(rows.first, rows.last, several, one_run, [&](auto together, int64_t) BN_INLINED {
+    using Together = decltype(together);
+    constexpr int kRows = Together::kRows;
+    if constexpr (kIsCurved<D>)
+      return add_curved_gradients<D, kEnding>(p, walk.next(), column, width, forwarded, first, second);
+    UpstreamGradient<D, kEnding> row[kRows];
+    for (int k = 0; k < kRows; ++k) row[k] = UpstreamGradient<D, kEnding>(p, walk.next(), column, 0);
+    const RowsAhead<D, Together> next_x(row->x, width, x_stride), next_dy(row->dy, width, dy_stride);
+    each_pair<D>(width, [&](int64_t c, auto count) BN_INLINED {
+      if (!kIsSecond<decltype(count)>) next_x.ask(c), next_dy.ask(c);
+      add_gradients<D, kEnding, kRows>(row, c, count, forwarded, first, second);
     });
-  }
+  });
 }
 
 /// The same of one run of channels, over whole planes; next as for the moments.

@@ -162,26 +162,6 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-/// What rows are summed in: two sums of each column, and constants of them, each at a place of its own within a page. Left
-/// to the frames of two functions the places came and went with changes elsewhere, and with them up to 8 % of the forward.
-template <class D, int kConstants>
-class RowScratch {
-  using Compute = typename D::Compute;
-  static constexpr int64_t kBytes = kColumnBlock<D> * sizeof(Compute);
-  static constexpr int64_t kPage = 4096, kHalf = kPage / 2;
-  static constexpr int64_t kPlaces[] = {0, kBytes + kHalf, 2 * kBytes + kPage + kHalf, 3 * kBytes + 2 * kPage,
-                                        4 * kBytes + 2 * kPage};
-
- public:
-  Compute* first() { return at(0); }
-  Compute* second() { return at(1); }
-  Compute* constant(int k) { return at(2 + k); }
-
- private:
-  Compute* at(int i) { return reinterpret_cast<Compute*>(memory_ + kPlaces[i]); }
-  alignas(64) char memory_[kPlaces[1 + kConstants] + kBytes];
-};
-
 constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
 constexpr int64_t kRowBlock = 512, kRowSlice = 128, kSliceElements = 1 << 18, kPlaneSlice = 32768;
 constexpr int kFewRows = 32;  // are summed before they are added up in double
@@ -259,9 +239,6 @@ constexpr bool kReductionsFetch = BN_VECTOR_BYTES == 64;
 
 /// Asks for what is going to be read next.
 BN_INLINE void prefetch_ahead(const void* place) { __builtin_prefetch(place); }
-
-/// How many rows ahead that is: some kilobytes of the columns that are read.
-BN_INLINE int64_t rows_ahead(int64_t columns, int64_t element_bytes) { return ceil_div(8192, columns * element_bytes); }
 
 /// Asks for a plane: short ones lie too far apart for the processor to foresee the next.
 template <class D, int kLocality = 3>

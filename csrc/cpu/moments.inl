@@ -138,29 +138,48 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
   }
 }
 
-/// The sums of deviations and of their squares over n rows, for `width` adjacent columns. One row after another, as memory
-/// is quickest to read, while what lies `ahead` of it is fetched. Chains of sums are short where rounding shows.
+/// Adds those of some rows to the sums of deviations and of their squares.
+template <class D, class Rows>
+BN_INLINE void add_deviations(Rows, const typename D::Element* const* row, int64_t width, int64_t stride,
+                              const typename D::Compute* center, typename D::Compute* first,
+                              typename D::Compute* second) {
+  using P = Parameter<D>;
+  constexpr int kRows = Rows::kRows;
+  const typename D::Element* at[kRows];
+  for (int k = 0; k < kRows; ++k) at[k] = row[k];
+  const RowsAhead<D, Rows> next(at[0], width, stride);
+  each_pair<D>(width, [&](int64_t c, auto count) BN_INLINED {
+    if (!kIsSecond<decltype(count)>) next.ask(c);
+    const Vec<D> middle = load<P>(center + c, count);
+    Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
+#pragma GCC unroll 4
+    for (int k = 0; k < kRows; ++k) {
+      const Vec<D> d = load<D>(at[k] + c, count) - middle;
+      s1 += d;
+      s2 += d * d;
+    }
+    store<P>(first + c, s1, count);
+    store<P>(second + c, s2, count);
+  });
+}
+
+/// The sums of deviations and of their squares over n rows, for `width` adjacent columns, in the order of the rows, as memory
+/// is quickest to read. stride: how far the rows are apart. Chains of sums are short where rounding shows.
 template <class D>
-__attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width, int64_t ahead,
+__attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width, int64_t stride,
                                              const typename D::Compute* pivot, RowScratch<D, 1>& scratch,
                                              double* __restrict first, double* __restrict second) {
-  using P = Parameter<D>;
   constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
   typename D::Compute *const few_first = scratch.first(), *const few_second = scratch.second();
   typename D::Compute* const center = scratch.constant(0);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   copy_arranged<D>(pivot, width, center);
+  const bool one_run = stride == width, several = width >= kLongRow<D> || (kNarrowing<D> > 1 && one_run);
   for (int begin = 0; begin < n; begin += kFew) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
-    for (int r = begin; r < n && r < begin + kFew; ++r) {
-      const typename D::Element* const at = row[r];
-      each_pair<D>(width, [&](int64_t c, auto count) {
-        if (!kIsSecond<decltype(count)>) prefetch_ahead(at + c + ahead);
-        const Vec<D> d = load<D>(at + c, count) - load<P>(center + c, count);
-        store<P>(few_first + c, load<P>(few_first + c, count) + d, count);
-        store<P>(few_second + c, load<P>(few_second + c, count) + d * d, count);
-      });
-    }
+    each_few_rows<4>(begin, least(n, begin + kFew), several, one_run, [&](auto rows, int64_t r) BN_INLINED {
+      add_deviations<D>(rows, row + r, width, stride, center, few_first, few_second);
+    });
     put_in_order<D>(few_first, in_pairs<D>(width)), put_in_order<D>(few_second, in_pairs<D>(width));
     for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
     for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
@@ -169,7 +188,7 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
 
 /// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
-void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t ahead, double before,
+void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t stride, double before,
                     double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   RowScratch<D, 1> scratch;
@@ -178,18 +197,18 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   if (before == 0) {
     const int few = n < 8 ? n : 8;
     for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
-    sum_deviations<D>(row, few, width, ahead, pivot, scratch, first, second);
+    sum_deviations<D>(row, few, width, stride, pivot, scratch, first, second);
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
   } else {
     for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
   }
   for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
-  sum_deviations<D>(row, n, width, ahead, pivot, scratch, first, second);
+  sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
   int far = 0, special = 0;
   for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
-    sum_deviations<D>(row, n, width, ahead, pivot, scratch, first, second);
+    sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
   for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
@@ -211,13 +230,13 @@ template <class D>
 void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, Range columns, double* mean,
                  double* m2) {
   const auto* x = static_cast<const typename D::Element*>(p.x) + columns.first;
-  const int64_t width = columns.last - columns.first, ahead = rows_ahead(width, sizeof *x) * p.x_strides.outer;
+  const int64_t width = columns.last - columns.first, stride = p.x_strides.outer;
   for (int64_t c = columns.first; c < columns.last; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
     OuterWalk walk(outers, begin);
     for (int r = 0; r < n; ++r) row[r] = x + walk.next() * p.x_strides.outer;
-    join_row_block<D>(row, n, width, ahead, double(begin - rows.first), mean + columns.first, m2 + columns.first);
+    join_row_block<D>(row, n, width, stride, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }

@@ -1,0 +1,68 @@
+// How the reductions walk rows: several side by side where that is quicker, with what comes next asked for.
+
+/// What rows are summed in: two sums of each column, and constants of them, each at a place of its own within a page. Left
+/// to the frames of two functions the places came and went with changes elsewhere, and with them up to 8 % of the forward.
+template <class D, int kConstants>
+class RowScratch {
+  using Compute = typename D::Compute;
+  static constexpr int64_t kBytes = kColumnBlock<D> * sizeof(Compute);
+  static constexpr int64_t kPage = 4096, kHalf = kPage / 2;
+  static constexpr int64_t kPlaces[] = {0, kBytes + kHalf, 2 * kBytes + kPage + kHalf, 3 * kBytes + 2 * kPage,
+                                        4 * kBytes + 2 * kPage};
+
+ public:
+  Compute* first() { return at(0); }
+  Compute* second() { return at(1); }
+  Compute* constant(int k) { return at(2 + k); }
+
+ private:
+  Compute* at(int i) { return reinterpret_cast<Compute*>(memory_ + kPlaces[i]); }
+  alignas(64) char memory_[kPlaces[1 + kConstants] + kBytes];
+};
+
+/// How many rows are taken side by side, whose sums are loaded and stored once for all, and whether they are one run of
+/// memory.
+template <int kCount, bool kIsOneRun>
+struct RowsTogether {
+  static constexpr int kRows = kCount;
+  static constexpr bool kOneRun = kIsOneRun;
+};
+
+/// Rows so long that several are read side by side as quickly as one after another.
+template <class D>
+constexpr int64_t kLongRow = 2048 / kNarrowing<D>;
+
+/// Calls f(RowsTogether, r) on the rows [first, last), where `several` kMost at a time.
+template <int kMost, class F>
+BN_INLINE void each_few_rows(int64_t first, int64_t last, bool several, bool one_run, const F& f) {
+  int64_t r = first;
+  if (several && one_run)
+    for (; r + kMost <= last; r += kMost) f(RowsTogether<kMost, true>{}, r);
+  else if (several)
+    for (; r + kMost <= last; r += kMost) f(RowsTogether<kMost, false>{}, r);
+  for (; r < last; ++r) f(RowsTogether<1, true>{}, r);
+}
+
+/// Asks for what comes some kilobytes behind such rows: where they are one run, in the order of memory, though they are read
+/// side by side.
+template <class D, class Rows>
+class RowsAhead {
+  using Element = typename D::Element;
+  static constexpr int64_t kStep = (D::kAlternates ? 2 : 1) * kLanes<D>;  // of each_pair()
+
+ public:
+  RowsAhead(const Element* first, int64_t width, int64_t stride)
+      : from_(first + most(Rows::kRows, ceil_div(8192, width * sizeof(Element))) * stride), stride_(stride) {}
+  void ask(int64_t column) const BN_FETCHES {
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < Rows::kRows; ++k)
+      if constexpr (Rows::kOneRun)
+        prefetch_ahead(from_ + Rows::kRows * column + k * kStep);
+      else
+        prefetch_ahead(from_ + column + k * stride_);
+  }
+
+ private:
+  const Element* from_;
+  int64_t stride_;
+};
