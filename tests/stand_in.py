@@ -8,7 +8,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ -z "$output" ]; then echo 12.2.0; exit; fi
-if [ -e FOLDER/hang ]; then sleep 600; fi
+if [ -e FOLDER/hang ]; then echo $$ >> FOLDER/hanging; sleep 600; fi
 if [ -e FOLDER/fail ]; then echo "g++ -Werror=flag"; echo "ops.cpp:7:1: error: planted"; exit 1; fi
 case $output in
   *.so) cp LIBRARY "$output";;
@@ -18,7 +18,8 @@ esac
 
 
 def compiler(folder: Path, library: Path) -> Path:
-    """For CXX. It fails while there is a file `fail` in the folder, and hangs while there is a file `hang`."""
+    """For CXX. It fails while there is a file `fail` in the folder, and hangs while there is a file `hang`, with its
+    process number in `hanging`."""
     path = folder / "bin" / "g++"
     path.parent.mkdir()
     path.write_text(SCRIPT.replace("FOLDER", str(folder)).replace("LIBRARY", str(library)))

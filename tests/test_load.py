@@ -173,18 +173,31 @@ def test_a_failed_compilation_names_its_cause_and_can_be_tried_again(
     assert second == "compiled on demand"
 
 
+def wait_until(reached: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_an_interrupt_ends_the_compilers_and_leaves_nothing_broken(
     start: Start, run: Run, stand_in: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "hang").touch()
     process = start(LOAD, **stand_in)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "cache").glob("torch_bn_*/build.ninja")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
+    wait_until(lambda: (tmp_path / "hanging").exists(), seconds=60)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert "KeyboardInterrupt" in errors
+    wait_until(lambda: not any(map(is_alive, (tmp_path / "hanging").read_text().split())), seconds=10)
     (tmp_path / "hang").unlink()
     assert run(LOAD, **stand_in).stdout.endswith("\ncompiled on demand\n")
 

@@ -179,8 +179,8 @@ def _run(command: list[str], environment: dict[str, str], verbose: bool) -> None
                 log.append(line)
                 if step := re.match(r"(\[\d+/\d+\]) .* -o (\S+)", line):
                     _say(verbose, f"{step[1]} {step[2]}")
-        except BaseException:  # an interrupt ends the compilers too, not only who waits for them
-            os.killpg(process.pid, signal.SIGKILL)
+        except BaseException:  # NB: not SIGKILL: ninja ends the compilers, which have groups of their own
+            os.killpg(process.pid, signal.SIGTERM)
             raise
     if process.returncode != 0:
         raise subprocess.CalledProcessError(process.returncode, command, "".join(log))
