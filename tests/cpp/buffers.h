@@ -70,6 +70,8 @@ inline const char* name_of(DType d) {
 inline double epsilon_of(DType d) {
   return d == DType::f64 ? 2e-15 : d == DType::f32 ? 1e-6 : d == DType::bf16 ? 8e-3 : 1e-3;
 }
+/// Between the numbers nearest 0, where a relative error says nothing. Only float16 has numbers of the data's size there.
+inline double least_step_of(DType d) { return d == DType::f16 ? 0x1p-24 : 0; }
 inline DType parameters_of(DType d) { return d == DType::f64 ? DType::f64 : DType::f32; }
 
 /// As large tensors are: all at the same place of a page.
