@@ -3,16 +3,16 @@
 
 constexpr int64_t kChannels = 64;  // at a time: what belongs to them lies on the stack
 
-/// Calls f(group, channels) for the channels that are walked, of all groups, kChannels at most at once.
+/// Calls f(group, channels) for the channels that are walked, those of a group behind those of the one before, kChannels at
+/// most at once.
 template <class T, class F>
 void by_blocks(const Workspace<T>& work, Range walked, const F& f) {
   const int64_t channels = work.channels;
-  for (int64_t group = 0; group < work.extent.groups; ++group)
-    for (int64_t begin = walked.first, end; begin < walked.last; begin = end) {
-      const int64_t before = begin / channels * channels;
-      end = least(least(begin + kChannels, before + channels), walked.last);
-      f(group + begin / channels, Range{begin - before, end - before});
-    }
+  for (int64_t begin = walked.first, end; begin < walked.last; begin = end) {
+    const int64_t group = begin / channels, before = group * channels;
+    end = least(least(begin + kChannels, before + channels), walked.last);
+    f(group, Range{begin - before, end - before});
+  }
 }
 template <class F>
 void by_blocks(Range channels, const F& f) {

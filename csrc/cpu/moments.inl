@@ -163,6 +163,30 @@ BN_INLINE void add_deviations(Rows, const typename D::Element* const* row, int64
   });
 }
 
+/// The mean of the first of n rows, of each of `width` adjacent columns; 0 where that is no number.
+template <class D>
+__attribute__((flatten)) void mean_of_few_rows(const typename D::Element* const* row, int n, int64_t width, int64_t stride,
+                                               typename D::Compute* pivot) {
+  constexpr int kMost = 8;
+  const auto mean_of = [&](auto rows) BN_INLINED {
+    const RowsAhead<D, decltype(rows)> next(row[0], width, stride);
+    const int few = decltype(rows)::kRows == kMost ? kMost : n;
+    const typename D::Compute share = typename D::Compute(1) / typename D::Compute(few);
+    each_pair<D>(width, [&](int64_t c, auto count) BN_INLINED {
+      if (!kIsSecond<decltype(count)>) next.ask(c);
+      Vec<D> mean = load<D>(row[0] + c, count);
+#pragma GCC unroll 8
+      for (int r = 1; r < few; ++r) mean += load<D>(row[r] + c, count);
+      mean *= share;
+      store<Parameter<D>>(pivot + c, mean - mean == 0 ? mean : Vec<D>{}, count);
+    });
+  };
+  if (n < kMost) mean_of(RowsTogether<1, false>{});
+  else if (stride == width) mean_of(RowsTogether<kMost, true>{});
+  else mean_of(RowsTogether<kMost, false>{});
+  put_in_order<D>(pivot, in_pairs<D>(width));
+}
+
 /// The sums of deviations and of their squares over n rows, for `width` adjacent columns, in the order of the rows, as memory
 /// is quickest to read. stride: how far the rows are apart. Chains of sums are short where rounding shows.
 template <class D>
@@ -172,7 +196,6 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
   constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
   typename D::Compute *const few_first = scratch.first(), *const few_second = scratch.second();
   typename D::Compute* const center = scratch.constant(0);
-  for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   copy_arranged<D>(pivot, width, center);
   const bool one_run = stride == width, several = width >= kLongRow<D> || (kNarrowing<D> > 1 && one_run);
   for (int begin = 0; begin < n; begin += kFew) {
@@ -181,8 +204,10 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
       add_deviations<D>(rows, row + r, width, stride, center, few_first, few_second);
     });
     put_in_order<D>(few_first, in_pairs<D>(width)), put_in_order<D>(few_second, in_pairs<D>(width));
-    for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]);
-    for (int64_t c = 0; c < width; ++c) second[c] += double(few_second[c]);
+    if (begin == 0)
+      for (int64_t c = 0; c < width; ++c) first[c] = double(few_first[c]), second[c] = double(few_second[c]);
+    else
+      for (int64_t c = 0; c < width; ++c) first[c] += double(few_first[c]), second[c] += double(few_second[c]);
   }
 }
 
@@ -194,24 +219,26 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   RowScratch<D, 1> scratch;
   Compute pivot[kColumnBlock<D>] = {};
   double first[kColumnBlock<D>], second[kColumnBlock<D>];
-  if (before == 0) {
-    const int few = n < 8 ? n : 8;
-    for (int64_t c = 0; c < width; ++c) pivot[c] = 0;
-    sum_deviations<D>(row, few, width, stride, pivot, scratch, first, second);
-    for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(first[c] / few);
-  } else {
-    for (int64_t c = 0; c < width; ++c) pivot[c] = Compute(mean[c]);
-  }
-  for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(pivot[c]);
+  if (before == 0)
+    mean_of_few_rows<D>(row, n, width, stride, pivot);
+  else
+    for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(Compute(mean[c]));
   sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
   int far = 0, special = 0;
-  for (int64_t c = 0; c < width; ++c) far |= !centred(double(n), first[c], second[c]);
+  const auto look = [&] {
+    far = special = 0;
+    for (int64_t c = 0; c < width; ++c) {
+      far |= !centred(double(n), first[c], second[c]);
+      special |= !finite(first[c], second[c]);
+    }
+  };
+  look();
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
     sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
+    look();
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
-  for (int64_t c = 0; c < width; ++c) special |= !(first[c] - first[c] + (second[c] - second[c]) == 0);
   if (special)
     for (int64_t c = 0; c < width; ++c) {
       const Moments block = moments_in_double(n, [&](const auto& f) {

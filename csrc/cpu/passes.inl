@@ -112,12 +112,16 @@ struct Forward {
     const double count = slice_count(p.extent, work.cut, part.outers.count, slice);
     plane_moments<D>(p, work.cut, part.outers, part.units, count, columns, next, run > 0, likely, mean, m2);
   }
-  void finish(Range channels) const {
-    finish_moments(given, work, channels);
-    if (folding.groups == 1) conclude(channels);
-    set_affines(given, work, channels);
+  void finish(Range walked) const {
+    finish_moments(given, work, walked);
+    if (!p.correction) set_affines(given, work, walked);
   }
-  void conclude(Range channels) const { enter_statistics(given, work, step, channels); }
+  void conclude(Range channels) const {
+    enter_statistics(given, work, step, channels);
+    if (!p.correction) return;
+    for (int64_t begin = 0; begin < given.extent.groups * work.channels; begin += work.channels)
+      set_affines(given, work, {begin + channels.first, begin + channels.last});
+  }
   void map(Range outers, Range columns, int64_t next) const {
     const bool from_last_cache = p.extent.inner == 1 && kRegistersOfLine > 1;
     const int64_t x_away = from_last_cache ? kPageAhead<D> : next * p.x_strides.channel;
@@ -167,7 +171,7 @@ struct Backward {
   bool map_reads_more() const { return false; }
   /// Whether what is mapped comes from a cache: x and dy of large planes fill the nearer ones before they are.
   bool from_cache() const { return p.extent.inner == 1 || writing != Writing::streamed; }
-  void prepare(Range channels) const { prepare_gradients(given, work, channels); }
+  void prepare(Range walked) const { prepare_gradients(given, work, walked); }
   void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     if (p.activation == Activation::none)
       reduce<D, Ending::none>(group, slice, columns, next);
@@ -190,10 +194,7 @@ struct Backward {
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
     plane_gradients<E, kEnding>(p, work.cut, part.outers, part.units, columns, next, run > 0, forwarded, dz, dz_deviation);
   }
-  void finish(Range channels) const {
-    finish_gradients(given, work, channels);
-    if (folding.groups == 1) conclude(channels);
-  }
+  void finish(Range walked) const { finish_gradients(given, work, walked); }
   void conclude(Range channels) const { add_groups(given, work, channels); }
   void map_curved_gradient(Range outers, Range columns, int64_t x_away, int64_t dy_away) const {
     if constexpr (kKeepsGradient<Curved<D>>) {

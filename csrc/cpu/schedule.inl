@@ -2,7 +2,8 @@
 
 constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thread
 
-/// The steps of a pass, each over some channels or columns of channels; `self` is the pass.
+/// The steps of a pass, each over some channels or columns of channels; `self` is the pass. What is walked are the channels
+/// of one group behind those of another.
 struct Steps {
   const void* self;
   Extent extent;  // folded
@@ -11,10 +12,10 @@ struct Steps {
   int64_t inputs, element_bytes, column_block, run;
   int64_t together;     // channels that no two threads may map: they share bytes of a mask
   bool map_reads_more;  // than the reduction
-  void (*prepare)(const void* self, Range channels);
+  void (*prepare)(const void* self, Range walked);
   void (*reduce)(const void* self, int64_t group, int64_t slice, Range columns, int64_t next);  // planes: groups in turn
-  void (*finish)(const void* self, Range channels);
-  void (*conclude)(const void* self, Range channels);  // where groups are folded, when all are finished
+  void (*finish)(const void* self, Range walked);
+  void (*conclude)(const void* self, Range channels);  // when those are finished in all groups
   void (*map)(const void* self, Range outers, Range columns, int64_t next);
 };
 
@@ -23,11 +24,11 @@ Steps steps_of(const Pass& pass) {
   using D = typename Pass::Type;
   return {&pass, pass.p.extent, pass.folding, pass.work.cut, Pass::kInputs,
           sizeof(typename D::Element), kColumnBlock<D>, pass.run, pass.together, pass.map_reads_more(),
-          [](const void* self, Range channels) { static_cast<const Pass*>(self)->prepare(channels); },
+          [](const void* self, Range walked) { static_cast<const Pass*>(self)->prepare(walked); },
           [](const void* self, int64_t group, int64_t slice, Range columns, int64_t next) {
             static_cast<const Pass*>(self)->reduce(group, slice, columns, next);
           },
-          [](const void* self, Range channels) { static_cast<const Pass*>(self)->finish(channels); },
+          [](const void* self, Range walked) { static_cast<const Pass*>(self)->finish(walked); },
           [](const void* self, Range channels) { static_cast<const Pass*>(self)->conclude(channels); },
           [](const void* self, Range outers, Range columns, int64_t next) {
             static_cast<const Pass*>(self)->map(outers, columns, next);
@@ -58,11 +59,10 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   });
 }
 
-/// What is left to do for all groups, where they are folded.
+/// What is left to do when all groups are finished.
 void conclude(const Steps& steps, const Executor& executor) {
-  const int64_t groups = steps.folding.groups;
-  if (groups == 1) return;
-  parallel_for(executor, steps.folding.channels / groups, ceil_div(1 << 10, groups),
+  const int64_t groups = steps.extent.groups * steps.folding.groups;
+  parallel_for(executor, steps.folding.channels / steps.folding.groups, ceil_div(1 << 10, groups),
                [&](int64_t first, int64_t last) { steps.conclude(steps.self, {first, last}); });
 }
 
@@ -78,15 +78,20 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
       const Range channels{i * block, least(f.channels, (i + 1) * block)};
       const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
       const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
-      steps.prepare(steps.self, channels);
+      const auto in_all_groups = [&](auto step) {
+        for (int64_t group = 0, at = 0; group < e.groups; ++group, at += f.channels)
+          step(steps.self, {at + channels.first, at + channels.last});
+      };
+      in_all_groups(steps.prepare);
       for (int64_t group = 0; group < e.groups; ++group)
         for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns, next);
-      steps.finish(steps.self, channels);
+      in_all_groups(steps.finish);
+      if (f.groups == 1) steps.conclude(steps.self, channels);
       steps.map(steps.self, {0, e.outer}, columns, next);
     }
     end_streaming();
   });
-  conclude(steps, executor);
+  if (f.groups > 1) conclude(steps, executor);
 }
 
 /// Each step over everything, one after another.
@@ -96,11 +101,11 @@ void run_steps(const Steps& steps, const Executor& executor) {
   const int64_t slices = steps.cut.slices, apart = rows ? e.groups : 1, together = e.groups / apart;
   const int64_t block = rows ? steps.column_block : 1, blocks = ceil_div(e.channels, block);
   const int64_t elements = e.outer * e.inner * least(block, e.channels) / (apart * slices);
-  const auto over_channels = [&](auto step) {
-    parallel_for(executor, steps.folding.channels, ceil_div(1 << 10, e.groups * slices),
-                 [&](int64_t first, int64_t last) { step(steps.self, {first, last}); });
+  const auto over_channels = [&](const auto& step) {
+    parallel_for(executor, e.groups * steps.folding.channels, ceil_div(1 << 10, slices),
+                 [&](int64_t first, int64_t last) { step({first, last}); });
   };
-  over_channels(steps.prepare);
+  over_channels([&](Range walked) { steps.prepare(steps.self, walked); });
   parallel_for(executor, apart * slices * blocks, ceil_div(kSerialElements, elements + 1),
                [&](int64_t first, int64_t last) {
                  for (int64_t i = first; i < last; ++i) {
@@ -110,8 +115,12 @@ void run_steps(const Steps& steps, const Executor& executor) {
                      steps.reduce(steps.self, g, part % slices, columns, 0);
                  }
                });
-  over_channels(steps.finish);
-  conclude(steps, executor);
+  const bool one_group = e.groups * steps.folding.groups == 1;
+  over_channels([&](Range walked) {
+    steps.finish(steps.self, walked);
+    if (one_group) steps.conclude(steps.self, walked);
+  });
+  if (!one_group) conclude(steps, executor);
   // What fills the last-level cache is mapped from the end, which the reduction has surely left there; where the map reads
   // something new beside it, which is quickest in order, only what the cache cannot hold.
   const int64_t bytes = steps.inputs * e.outer * e.channels * e.inner * steps.element_bytes;
