@@ -285,7 +285,7 @@ inline void Problem::check_backward(bool training) {
 
 inline void Problem::check_gradients(const Gradients& found, const Sums& sums, bool training) const {
   const double unit = epsilon_of(c.dtype), fine = c.dtype == DType::f64 ? 1e-13 + rounding : 2e-5;
-  const double least = least_step_of(c.dtype);
+  const double least = least_step_of(c.dtype) / 4;  // a whole step at the bound of 4
   Worst worst;
   each([&](int64_t o, int64_t ch, int64_t i, int64_t k) {
     // An element at the activation's kink may fall on either side.
@@ -296,7 +296,8 @@ inline void Problem::check_gradients(const Gradients& found, const Sums& sums, b
     const double size =
         std::fabs(scale) * (std::fabs(dz) + sums.size1[k] / count + std::fabs(xhat) * sums.size2[k] / count);
     const double got = found.dx.get(offset(ys, o, ch, i));
-    worst.include(got == want ? 0 : std::fabs(got - want) / (size * (unit + fine) + least));  // size is 0 where all of dz is
+    // NB: size is 0 where all of dz is.
+    worst.include(got == want ? 0 : std::fabs(got - want) / (size * (unit + fine) + least));
     if (!c.residual) return;
     const double passed_on = found.dresidual.get(offset(ys, o, ch, i));
     worst.include(std::fabs(passed_on - dz) / (1 + std::fabs(dz)) / (unit + rounding));
