@@ -89,28 +89,34 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
                                                     double* __restrict sum_dz, double* __restrict sum_dz_deviation) {
   [[maybe_unused]] CurvedBlock<D> block;
   WideSums<D> wide[kPlanes];
-  for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
+  for (int64_t unit = units.first; unit < units.last; unit += cut.together) {
+    const Segments segments(p.extent, cut, outers, {unit, least(unit + cut.together, units.last)});
     for (int64_t c = channels.first; c < channels.last; ++c) {
       const Vec<D> center = splat<D>(forwarded.center[c]), scale = splat<D>(forwarded.scale[c]),
                    shift = splat<D>(forwarded.shift[c]);
-      Sums<D> sums;
-      for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
-        const Segment s = segment_of(p.extent, cut, outers, u);
-        UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
-        if constexpr (kIsCurved<D>)
-          from.find(s.count, [&](int64_t, auto) BN_INLINED { return ForwardedLanes<D>{center, scale, shift}; }, block);
-        prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
-        prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
-        const auto add = [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
-          const Vec<D> deviation = load<D>(from.x + i, count) - center;
-          const Vec<D> dz = from.dz(i, count, deviation, scale, shift);
-          s1 += keep<D>(dz, count);
-          s2 += keep<D>(dz * deviation, count);
-        };
-        sums.add(s.count, add, [](int64_t) {});
-      }
+      FoldedSums<D> sums;
+      const auto sum_about = [&](const auto& deviation) BN_INLINED {
+        for (int k = 0; k < segments.count; ++k) {
+          const Segment s = segments.at[k];
+          UpstreamGradient<D, kEnding> from(p, s.outer, c, s.begin);
+          if constexpr (kIsCurved<D>)
+            from.find(s.count, [&](int64_t, auto) BN_INLINED { return ForwardedLanes<D>{center, scale, shift}; }, block);
+          prefetch_after<D>(from.x, p.extent, p.x_strides, channels, all);
+          prefetch_after<D>(from.dy, p.extent, p.dy_strides, channels, all);
+          const auto add = [&](int64_t i, auto count, Vec<D>& s1, Vec<D>& s2) {
+            const Vec<D> d = deviation(load<D>(from.x + i, count));
+            const Vec<D> dz = from.dz(i, count, d, scale, shift);
+            s1 += keep<D>(dz, count);
+            s2 += keep<D>(dz * d, count);
+          };
+          sums.add(s.count, add, [](int64_t) {});
+        }
+      };
+      if (kSkipsZero<D> && !kIsCurved<D> && forwarded.center[c] == 0) sum_about([](Vec<D> x) BN_INLINED { return x; });
+      else sum_about([=](Vec<D> x) BN_INLINED { return x - center; });
       wide[c - channels.first].add(sums, unit == units.first);
     }
+  }
   for (int64_t c = channels.first; c < channels.last; ++c) {
     sum_dz[c] = wide[c - channels.first].first.total();
     sum_dz_deviation[c] = wide[c - channels.first].second.total();
@@ -221,8 +227,9 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
       sum_few_gradients<D, kEnding>(p, outers, {plane, plane + rows}, c, width * inner, {center, scale, shift}, first, second);
       add_columns<Parameter<D>>(width, inner, first, second, wide, plane == planes.first);
     } else {
-      const auto row_at = [&](int64_t j) { return UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0); };
-      add_runs<D>(rows, width, inner, row_at, fetch, add, wide, plane == planes.first);
+      UpstreamGradient<D, kEnding> row[kRunRows];
+      for (int64_t j = 0; j < rows; ++j) row[j] = UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0);
+      add_runs<D>(row, rows, width, inner, fetch, add, wide, plane == planes.first);
     }
   }
   for (int64_t i = 0; i < width; ++i) {

@@ -22,10 +22,23 @@ enum class Ending { none, relu, general, masked };
 constexpr bool forwards_again(Ending ending) { return ending == Ending::relu || ending == Ending::general; }
 constexpr bool has_two_gradients(Ending ending) { return ending == Ending::general || ending == Ending::masked; }
 
+constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // elements of a plane that are summed in one loop
+
+/// How many elements are added up in four chains of registers: short ones, as rounding grows with their length.
+template <class D>
+constexpr int64_t kChained = kPlaneBlock * kNarrowing<D>;
+
+/// Whether the sums of planes are arithmetic rather than memory, so that it pays to leave out a pivot or center of 0.
+template <class D>
+constexpr bool kSkipsZero = D::kTrained && kNarrowing<D> > 1;
+
 /// Two sums over the same elements, in four independent chains.
 template <class D>
 struct Sums {
   Vec<D> first[4] = {}, second[4] = {};
+
+  Vec<D> all_first() const { return (first[0] + first[1]) + (first[2] + first[3]); }
+  Vec<D> all_second() const { return (second[0] + second[1]) + (second[2] + second[3]); }
 
   /// Calls f(i, count, first, second) on every register of n adjacent elements, and before it visit(i) for every line.
   template <class F, class Visit>
@@ -51,15 +64,35 @@ struct Sums {
   }
 };
 
+/// Such sums of many segments, of kPlaneBlock elements at most, whose chains are folded into one when they have grown long.
+template <class D>
+struct FoldedSums {
+  Sums<D> chains;
+  Vec<D> first = {}, second = {};
+  int64_t chained = 0;
+
+  Vec<D> all_first() const { return first + chains.all_first(); }
+  Vec<D> all_second() const { return second + chains.all_second(); }
+  template <class F, class Visit>
+  void add(int64_t n, const F& f, const Visit& visit) {
+    chained += n;
+    if (chained > kChained<D>) {
+      first = all_first(), second = all_second(), chained = n;
+      for (int k = 0; k < 4; ++k) chains.first[k] = chains.second[k] = Vec<D>{};
+    }
+    chains.add(n, f, visit);
+  }
+};
+
 /// Sums of many such sums, lane by lane in double: lanes are added up once, at the end. The first begins them, as clearing
 /// them would take as long as adding.
 template <class D>
 struct WideSums {
   WideSum<D> first, second;
 
-  void add(const Sums<D>& sums, bool begin) {
-    const WideSum<D> new_first((sums.first[0] + sums.first[1]) + (sums.first[2] + sums.first[3]));
-    const WideSum<D> new_second((sums.second[0] + sums.second[1]) + (sums.second[2] + sums.second[3]));
+  template <class S>
+  void add(const S& sums, bool begin) {
+    const WideSum<D> new_first(sums.all_first()), new_second(sums.all_second());
     if (begin) {
       first.set(new_first);
       second.set(new_second);
@@ -137,10 +170,10 @@ struct Number {
 /// How a reduction is cut. A function of the shape alone: the order in which sums are merged, and with it every bit of
 /// the result, does not depend on the number of threads.
 struct Partition {
-  int64_t slices;         // of one group's outers (and of its planes, where they are long), merged in order
-  int64_t block;          // elements of a plane, or rows, that are summed in the compute type
-  int64_t parts;          // blocks in a plane; 1 for rows
-  int64_t whole;          // planes in a block, where they are short
+  int64_t slices;    // of one group's outers (and of its planes, where they are long), merged in order
+  int64_t block;     // elements of a plane, or rows, that are summed in one loop
+  int64_t parts;     // blocks in a plane; 1 for rows
+  int64_t together;  // blocks, or planes where they are short, that are summed in the compute type
 };
 
 /// Columns of a row that are reduced at once: as many as leave what belongs to them in the nearest cache. Rows that are
@@ -162,9 +195,8 @@ constexpr int64_t kCacheSkew = 320;
 template <class D>
 constexpr int64_t kSkewedBlock = kColumnBlock<D> + kCacheSkew / sizeof(typename D::Compute);
 
-constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // short chains: rounding grows with their length
 constexpr int64_t kRowBlock = 512, kRowSlice = 128, kSliceElements = 1 << 18, kPlaneSlice = 32768;
-constexpr int kFewRows = 32;  // are summed before they are added up in double
+constexpr int kFewRows = 32, kMostPlanes = 32, kMostParts = 8;  // are summed before they are added up in double
 
 /// Whether a tensor is small enough to be found in the cores' own caches, where another walk is quick than in memory.
 BN_INLINE bool is_near(const Extent& e, int64_t element_bytes) {
@@ -186,9 +218,9 @@ BN_INLINE Partition partition_of(const Extent& e, int64_t block) {
     const int64_t wanted = ceil_div(all, e.groups * ceil_div(e.channels, block));
     return {power_of_two(least(outers / kRowSlice, wanted)), kRowBlock, 1, 1};
   }
-  const int64_t wanted = ceil_div(256, e.groups * e.channels);
-  return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, ceil_div(e.inner, kPlaneBlock),
-          most(1, kPlaneBlock / e.inner)};
+  const int64_t wanted = ceil_div(256, e.groups * e.channels), parts = ceil_div(e.inner, kPlaneBlock);
+  return {most(1, least(outers * e.inner / kPlaneSlice, wanted)), kPlaneBlock, parts,
+          parts > 1 ? least(kMostParts, parts) : least(kMostPlanes, 2 * kPlaneBlock / e.inner)};
 }
 
 /// Units (parts of planes, or rows) [first, last) of one slice of one group.
@@ -211,6 +243,16 @@ BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupO
   const int64_t begin = unit % cut.parts * cut.block;
   return {outers[unit / cut.parts], begin, least(cut.block, e.inner - begin)};
 }
+
+/// The segments of such units together, found once for all channels side by side.
+struct Segments {
+  int count = 0;
+  Segment at[kMostPlanes];
+
+  Segments(const Extent& e, const Partition& cut, const GroupOuters& outers, Range units) {
+    for (int64_t unit = units.first; unit < units.last; ++unit) at[count++] = segment_of(e, cut, outers, unit);
+  }
+};
 
 /// Where a segment of a channel begins.
 template <class D>

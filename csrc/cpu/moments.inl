@@ -31,25 +31,31 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
   const int width = int(channels.last - channels.first);
   const int64_t away = next * p.x_strides.channel;
   WideSums<D> wide[kPlanes];
-  for (int64_t unit = units.first; unit < units.last; unit += cut.whole)
+  for (int64_t unit = units.first; unit < units.last; unit += cut.together) {
+    const Segments segments(p.extent, cut, outers, {unit, least(unit + cut.together, units.last)});
     for (int c = 0; c < width; ++c) {
-      Sums<D> sums;
+      FoldedSums<D> sums;
+      const auto sum_about = [&](const auto& deviation) BN_INLINED {
+        for (int k = 0; k < segments.count; ++k) {
+          const Segment s = segments.at[k];
+          const auto* from = place_of<D>(p.x, p.x_strides, s, channels.first + c);
+          prefetch_after<D>(from, p.extent, p.x_strides, channels, all);
+          const auto add = [&](int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
+            const Vec<D> d = keep<D>(deviation(load<D>(from + i, lanes)), lanes);
+            s1 += d;
+            s2 += d * d;
+          };
+          sums.add(s.count, add, [=](int64_t i) BN_FETCHES {
+            if constexpr (kReductionsFetch) prefetch_ahead(from + i + away);
+          });
+        }
+      };
       const Vec<D> center = splat<D>(pivot[c]);
-      for (int64_t u = unit; u < least(unit + cut.whole, units.last); ++u) {
-        const Segment s = segment_of(p.extent, cut, outers, u);
-        const auto* from = place_of<D>(p.x, p.x_strides, s, channels.first + c);
-        prefetch_after<D>(from, p.extent, p.x_strides, channels, all);
-        const auto add = [&](int64_t i, auto lanes, Vec<D>& s1, Vec<D>& s2) {
-          const Vec<D> d = keep<D>(load<D>(from + i, lanes) - center, lanes);
-          s1 += d;
-          s2 += d * d;
-        };
-        sums.add(s.count, add, [=](int64_t i) BN_FETCHES {
-          if constexpr (kReductionsFetch) prefetch_ahead(from + i + away);
-        });
-      }
+      if (kSkipsZero<D> && pivot[c] == 0) sum_about([](Vec<D> x) BN_INLINED { return x; });
+      else sum_about([=](Vec<D> x) BN_INLINED { return x - center; });
       wide[c].add(sums, unit == units.first);
     }
+  }
   for (int c = 0; c < width; ++c) first[c] = wide[c].first.total(), second[c] = wide[c].second.total();
 }
 
@@ -72,8 +78,10 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
     s2 += d * d;
   };
   for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
-    const auto row_at = [&](int64_t j) { return x + outers[plane + j] * p.x_strides.outer; };
-    add_runs<D>(least(kRunRows, planes.last - plane), width, inner, row_at, fetch, add, wide, plane == planes.first);
+    const int64_t rows = least(kRunRows, planes.last - plane);
+    const typename D::Element* row[kRunRows];
+    for (int64_t j = 0; j < rows; ++j) row[j] = x + outers[plane + j] * p.x_strides.outer;
+    add_runs<D>(row, rows, width, inner, fetch, add, wide, plane == planes.first);
   }
   for (int64_t c = 0; c < width; ++c) first[c] = wide[c].first.total(), second[c] = wide[c].second.total();
 }
@@ -103,17 +111,19 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
   const Segment opening = segment_of(p.extent, cut, outers, units.first);
   const int few = int(least(kLanes<D>, opening.count));
   const Compute per_few = Compute(1) / Compute(few);
-  const auto mean_of_few = [&](int64_t c) {
+  const auto pivot_of = [&](int64_t c) {
     const auto* from = place_of<D>(p.x, p.x_strides, opening, c);
-    return sum_of_lanes<D>(few == kLanes<D> ? load<D>(from) : load<D>(from, few)) * per_few;
+    const Vec<D> x = few == kLanes<D> ? load<D>(from) : load<D>(from, few);
+    const Compute mean = likely ? Compute(likely[c]) : sum_of_lanes<D>(x) * per_few;
+    if (kSkipsZero<D> && 2 * mean * mean <= sum_of_lanes<D>(x * x) * per_few) return Compute(0);
+    return finite_or_zero(mean);
   };
   Compute pivot[kRunChannels];
   double first[kRunChannels], second[kRunChannels];
   for (int64_t begin = channels.first; begin < channels.last; begin += at_once) {
     const Range some{begin, least(begin + at_once, channels.last)};
     const int width = int(some.last - some.first);
-    for (int i = 0; i < width; ++i) pivot[i] = likely ? Compute(likely[begin + i]) : mean_of_few(begin + i);
-    for (int i = 0; i < width; ++i) pivot[i] = finite_or_zero(pivot[i]);
+    for (int i = 0; i < width; ++i) pivot[i] = pivot_of(begin + i);
     if constexpr (kHasLines<D>)
       if (run) sum_run_deviations<D>(p, outers, units, some, next, pivot, first, second);
     if (!run)

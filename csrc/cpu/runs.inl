@@ -97,12 +97,12 @@ BN_INLINE void add_columns(int64_t channels, int64_t inner, const typename P::Co
   }
 }
 
-/// Two sums of each channel over one run of each of `rows` outers. row_at(j): what the j-th is read with; fetch(row, i): asks
+/// Two sums of each channel over one run of each of `rows` outers. row[j]: what the j-th is read with; fetch(row, i): asks
 /// for what will be read where the line at i is now; add(row, i, lanes, first, second): adds a register. begin: whether
 /// `wide` has no sums yet.
-template <class D, class RowAt, class Fetch, class Add>
-BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const RowAt& row_at, const Fetch& fetch,
-                        const Add& add, WideSums<Parameter<D>>* wide, bool begin) {
+template <class D, class Row, class Fetch, class Add>
+BN_INLINE void add_runs(const Row* row, int64_t rows, int64_t channels, int64_t inner, const Fetch& fetch, const Add& add,
+                        WideSums<Parameter<D>>* wide, bool begin) {
   using P = Parameter<D>;
   constexpr int64_t L = kLanes<D>, kLine = 64 / sizeof(typename D::Element);
   const int64_t width = channels * inner;
@@ -111,13 +111,12 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
   for (; i + kRegisters * L <= width; i += kRegisters * L) {
     Vec<D> s1[kRegisters] = {}, s2[kRegisters] = {};
     for (int64_t j = 0; j < rows; ++j) {
-      const auto row = row_at(j);
 #pragma GCC unroll 6
-      for (int64_t k = 0; k < kRegisters * L; k += kLine) fetch(row, i + k);
+      for (int64_t k = 0; k < kRegisters * L; k += kLine) fetch(row[j], i + k);
 #pragma GCC unroll 6
       for (int k = 0; k < kRegisters; k += 2) {
-        add(row, i + k * L, First{}, s1[k], s2[k]);
-        add(row, i + k * L, Second{}, s1[k + 1], s2[k + 1]);
+        add(row[j], i + k * L, First{}, s1[k], s2[k]);
+        add(row[j], i + k * L, Second{}, s1[k + 1], s2[k + 1]);
       }
     }
 #pragma GCC unroll 6
@@ -130,9 +129,8 @@ BN_INLINE void add_runs(int64_t rows, int64_t channels, int64_t inner, const Row
   each_register<D>(i, width, [&](int64_t at, auto lanes) {
     Vec<D> s1 = {}, s2 = {};
     for (int64_t j = 0; j < rows; ++j) {
-      const auto row = row_at(j);
-      fetch(row, at);
-      add(row, at, lanes, s1, s2);
+      fetch(row[j], at);
+      add(row[j], at, lanes, s1, s2);
     }
     store<P>(first + at, s1, lanes), store<P>(second + at, s2, lanes);
   });

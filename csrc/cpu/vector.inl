@@ -269,14 +269,22 @@ struct WideSum {
   typedef typename VectorOf<double, BN_VECTOR_BYTES>::type Doubles;
   Doubles registers[kRegisters];
 
+  /// GCC makes two conversions of one for four lanes.
+  static Doubles as_doubles(typename VectorOf<float, BN_VECTOR_BYTES / 2>::type v) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && BN_VECTOR_BYTES == 32
+    return __builtin_ia32_cvtps2pd256(v);
+#else
+    return __builtin_convertvector(v, Doubles);
+#endif
+  }
   WideSum() = default;
   explicit WideSum(Vec<D> v) {
     if constexpr (kRegisters == 1) {
       registers[0] = v;
     } else {
       constexpr auto kHalf = std::make_integer_sequence<int, kDoubles>{};
-      registers[0] = __builtin_convertvector(lower_half(v, kHalf), Doubles);
-      registers[1] = __builtin_convertvector(upper_half(v, kHalf), Doubles);
+      registers[0] = as_doubles(lower_half(v, kHalf));
+      registers[1] = as_doubles(upper_half(v, kHalf));
     }
   }
   /// NB: GCC copies the whole by halves of registers.
