@@ -133,13 +133,15 @@ BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding> (&rows)[kRows], 
   if constexpr (forwards_again(kEnding))
     scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
   Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
-#pragma GCC unroll 4
-  for (int k = 0; k < kRows; ++k) {
-    const Vec<D> deviation = load<D>(rows[k].x + c, count) - center;
-    const Vec<D> dz = rows[k].dz(c, count, deviation, scale, shift);
-    s1 += dz;
-    s2 += dz * deviation;
-  }
+  const auto add = [&](auto... row) BN_INLINED {
+    const Vec<D> deviation[] = {(load<D>(rows[row].x + c, count) - center)...};
+    const Vec<D> dz[] = {rows[row].dz(c, count, deviation[row], scale, shift)...};
+    s1 += sum_of((dz[row])...);
+    s2 += sum_of((dz[row] * deviation[row])...);
+  };
+  if constexpr (kRows == 4) add(0, 1, 2, 3);
+  else if constexpr (kRows == 2) add(0, 1);
+  else add(0);
   store<P>(first + c, s1, count);
   store<P>(second + c, s2, count);
 }
@@ -166,18 +168,29 @@ BN_INLINE void add_curved_gradients(const BackwardParams& p, int64_t outer, int6
   }
 }
 
-/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on, as the moments
-/// take them.
+BN_INLINE bool is_one_run(const BackwardParams& p, int64_t width) {
+  return p.x_strides.outer == width && p.dy_strides.outer == width;
+}
+
+/// How many rows are taken side by side.
+template <class D>
+int rows_together(const BackwardParams& p, int64_t width) {
+  if (kIsCurved<D>) return 1;
+  if (kNarrowing<D> > 1 && side_by_side<D>(p.extent, is_one_run(p, width))) return 4;
+  return width >= kLongRow<D> ? 2 : 1;
+}
+
+/// Sums over the rows [rows.first, rows.last) of the group, for `width` adjacent columns from `column` on.
 template <class D, Ending kEnding>
 __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const GroupOuters& outers, Range rows,
-                                                int64_t column, int64_t width, const Forwarded<D>& forwarded,
-                                                typename D::Compute* first, typename D::Compute* second) {
+                                                int64_t column, int64_t width, int together,
+                                                const Forwarded<D>& forwarded, typename D::Compute* first,
+                                                typename D::Compute* second) {
   OuterWalk walk(outers, rows.first);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   const int64_t x_stride = p.x_strides.outer, dy_stride = p.dy_strides.outer;
-  const bool several = !kIsCurved<D> && width >= kLongRow<D>, one_run = x_stride == width && dy_stride == width;
-  each_few_rows<2>(rows.first, rows.last, several, one_run, [&](auto together, int64_t) BN_INLINED {
-    using Together = decltype(together);
+  const auto add = [&](auto side_by_side, int64_t) BN_INLINED {
+    using Together = decltype(side_by_side);
     constexpr int kRows = Together::kRows;
     if constexpr (kIsCurved<D>)
       return add_curved_gradients<D, kEnding>(p, walk.next(), column, width, forwarded, first, second);
@@ -188,7 +201,15 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
       if (!kIsSecond<decltype(count)>) next_x.ask(c), next_dy.ask(c);
       add_gradients<D, kEnding, kRows>(row, c, count, forwarded, first, second);
     });
-  });
+  };
+  int64_t r = rows.first;
+  if constexpr (!kIsCurved<D>) {
+    if constexpr (kNarrowing<D> > 1)
+      if (together == 4) r = each_rows<4, true>(r, rows.last, add);
+    if (together == 2)
+      r = is_one_run(p, width) ? each_rows<2, true>(r, rows.last, add) : each_rows<2, false>(r, rows.last, add);
+  }
+  each_rows<1, true>(r, rows.last, add);
 }
 
 /// The same of one run of channels, over whole planes; next as for the moments.
@@ -224,7 +245,8 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
     const int64_t rows = least(kRunRows, planes.last - plane);
     if constexpr (kIsCurved<D>) {
       typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
-      sum_few_gradients<D, kEnding>(p, outers, {plane, plane + rows}, c, width * inner, {center, scale, shift}, first, second);
+      const Forwarded<D> here{center, scale, shift};
+      sum_few_gradients<D, kEnding>(p, outers, {plane, plane + rows}, c, width * inner, 1, here, first, second);
       add_columns<Parameter<D>>(width, inner, first, second, wide, plane == planes.first);
     } else {
       UpstreamGradient<D, kEnding> row[kRunRows];
@@ -271,8 +293,10 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
   if constexpr (kConstants > 1) here.scale = copy(1, forwarded.scale), here.shift = copy(2, forwarded.shift);
   auto *const first = scratch.first(), *const second = scratch.second();
   for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;
-  for (int64_t r = rows.first; r < rows.last; r += kFewRows) {
-    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + kFewRows, rows.last)}, c, width, here, first, second);
+  const int together = rows_together<D>(p, width);
+  const int64_t few = together * kFewRows;
+  for (int64_t r = rows.first; r < rows.last; r += few) {
+    sum_few_gradients<D, kEnding>(p, outers, {r, least(r + few, rows.last)}, c, width, together, here, first, second);
     put_in_order<D>(first, in_pairs<D>(width)), put_in_order<D>(second, in_pairs<D>(width));
     for (int64_t i = 0; i < width; ++i) sum_dz[c + i] += double(first[i]);
     for (int64_t i = 0; i < width; ++i) sum_dz_deviation[c + i] += double(second[i]);

@@ -162,12 +162,13 @@ BN_INLINE void add_deviations(Rows, const typename D::Element* const* row, int64
     if (!kIsSecond<decltype(count)>) next.ask(c);
     const Vec<D> middle = load<P>(center + c, count);
     Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
-#pragma GCC unroll 4
-    for (int k = 0; k < kRows; ++k) {
-      const Vec<D> d = load<D>(at[k] + c, count) - middle;
-      s1 += d;
-      s2 += d * d;
-    }
+    const auto add = [&](auto... k) BN_INLINED {
+      const Vec<D> deviation[] = {(load<D>(at[k] + c, count) - middle)...};
+      s1 += sum_of((deviation[k])...);
+      s2 += sum_of((deviation[k] * deviation[k])...);
+    };
+    if constexpr (kRows == 4) add(0, 1, 2, 3);
+    else add(0);
     store<P>(first + c, s1, count);
     store<P>(second + c, s2, count);
   });
@@ -198,21 +199,27 @@ __attribute__((flatten)) void mean_of_few_rows(const typename D::Element* const*
 }
 
 /// The sums of deviations and of their squares over n rows, for `width` adjacent columns, in the order of the rows, as memory
-/// is quickest to read. stride: how far the rows are apart. Chains of sums are short where rounding shows.
+/// is quickest to read. stride: how far the rows are apart. several: whether four are taken side by side. Chains of sums are
+/// short where rounding shows.
 template <class D>
 __attribute__((flatten)) void sum_deviations(const typename D::Element* const* row, int n, int64_t width, int64_t stride,
-                                             const typename D::Compute* pivot, RowScratch<D, 1>& scratch,
+                                             bool several, const typename D::Compute* pivot, RowScratch<D, 1>& scratch,
                                              double* __restrict first, double* __restrict second) {
-  constexpr int kFew = sizeof(typename D::Element) == sizeof(typename D::Compute) ? 8 : kFewRows;
+  constexpr bool kRounds = kNarrowing<D> == 1;
+  constexpr int kFew = kRounds ? 8 : kFewRows, kFewTogether = kRounds ? 16 : 4 * kFewRows;
   typename D::Compute *const few_first = scratch.first(), *const few_second = scratch.second();
   typename D::Compute* const center = scratch.constant(0);
   copy_arranged<D>(pivot, width, center);
-  const bool one_run = stride == width, several = width >= kLongRow<D> || (kNarrowing<D> > 1 && one_run);
-  for (int begin = 0; begin < n; begin += kFew) {
+  const int few = several ? kFewTogether : kFew;
+  for (int begin = 0; begin < n; begin += few) {
     for (int64_t c = 0; c < width; ++c) few_first[c] = few_second[c] = 0;
-    each_few_rows<4>(begin, least(n, begin + kFew), several, one_run, [&](auto rows, int64_t r) BN_INLINED {
+    const auto add = [&](auto rows, int64_t r) BN_INLINED {
       add_deviations<D>(rows, row + r, width, stride, center, few_first, few_second);
-    });
+    };
+    const int64_t last = least(n, begin + few);
+    int64_t r = begin;
+    if (several) r = stride == width ? each_rows<4, true>(r, last, add) : each_rows<4, false>(r, last, add);
+    each_rows<1, true>(r, last, add);
     put_in_order<D>(few_first, in_pairs<D>(width)), put_in_order<D>(few_second, in_pairs<D>(width));
     if (begin == 0)
       for (int64_t c = 0; c < width; ++c) first[c] = double(few_first[c]), second[c] = double(few_second[c]);
@@ -223,8 +230,8 @@ __attribute__((flatten)) void sum_deviations(const typename D::Element* const* r
 
 /// Joins n rows to the mean and m2 of `before` earlier ones, for `width` columns.
 template <class D>
-void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t stride, double before,
-                    double* __restrict mean, double* __restrict m2) {
+void join_row_block(const typename D::Element* const* row, int n, int64_t width, int64_t stride, bool several,
+                    double before, double* __restrict mean, double* __restrict m2) {
   using Compute = typename D::Compute;
   RowScratch<D, 1> scratch;
   Compute pivot[kColumnBlock<D>] = {};
@@ -233,7 +240,7 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
     mean_of_few_rows<D>(row, n, width, stride, pivot);
   else
     for (int64_t c = 0; c < width; ++c) pivot[c] = finite_or_zero(Compute(mean[c]));
-  sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
+  sum_deviations<D>(row, n, width, stride, several, pivot, scratch, first, second);
   int far = 0, special = 0;
   const auto look = [&] {
     far = special = 0;
@@ -245,7 +252,7 @@ void join_row_block(const typename D::Element* const* row, int n, int64_t width,
   look();
   if (far) {
     for (int64_t c = 0; c < width; ++c) pivot[c] += Compute(first[c] / n);
-    sum_deviations<D>(row, n, width, stride, pivot, scratch, first, second);
+    sum_deviations<D>(row, n, width, stride, several, pivot, scratch, first, second);
     look();
   }
   const double per_sample = 1.0 / n, weight = n / (before + n);
@@ -268,12 +275,14 @@ void row_moments(const ForwardParams& p, const GroupOuters& outers, Range rows, 
                  double* m2) {
   const auto* x = static_cast<const typename D::Element*>(p.x) + columns.first;
   const int64_t width = columns.last - columns.first, stride = p.x_strides.outer;
+  const bool one_run = stride == width, halves = kNarrowing<D> > 1;
+  const bool several = width >= kLongRow<D> || (halves && one_run) || side_by_side<D>(p.extent, one_run);
   for (int64_t c = columns.first; c < columns.last; ++c) mean[c] = m2[c] = 0;
   for (int64_t begin = rows.first; begin < rows.last; begin += kRowBlock) {
     const int n = int(least(kRowBlock, rows.last - begin));
     const typename D::Element* row[kRowBlock];
     OuterWalk walk(outers, begin);
     for (int r = 0; r < n; ++r) row[r] = x + walk.next() * p.x_strides.outer;
-    join_row_block<D>(row, n, width, stride, double(begin - rows.first), mean + columns.first, m2 + columns.first);
+    join_row_block<D>(row, n, width, stride, several, double(begin - rows.first), mean + columns.first, m2 + columns.first);
   }
 }

@@ -32,15 +32,33 @@ struct RowsTogether {
 template <class D>
 constexpr int64_t kLongRow = 2048 / kNarrowing<D>;
 
-/// Calls f(RowsTogether, r) on the rows [first, last), where `several` kMost at a time.
-template <int kMost, class F>
-BN_INLINE void each_few_rows(int64_t first, int64_t last, bool several, bool one_run, const F& f) {
-  int64_t r = first;
-  if (several && one_run)
-    for (; r + kMost <= last; r += kMost) f(RowsTogether<kMost, true>{}, r);
-  else if (several)
-    for (; r + kMost <= last; r += kMost) f(RowsTogether<kMost, false>{}, r);
-  for (; r < last; ++r) f(RowsTogether<1, true>{}, r);
+/// Whether rows of any length are: where they are one run of memory, and the tensor no larger than a part of the last-level
+/// cache.
+template <class D>
+BN_INLINE bool side_by_side(const Extent& e, bool one_run) {
+  constexpr int64_t kFar = 8 << 20;
+  return one_run && e.outer * e.channels * e.inner * int64_t(sizeof(typename D::Element)) < kFar;
+}
+
+/// The sum of what rows side by side add to a column: a chain of such sums rounds as often as one of a part of the rows.
+template <class V>
+BN_INLINE V sum_of(V a) {
+  return a;
+}
+template <class V>
+BN_INLINE V sum_of(V a, V b) {
+  return a + b;
+}
+template <class V>
+BN_INLINE V sum_of(V a, V b, V c, V d) {
+  return (a + b) + (c + d);
+}
+
+/// Calls f(RowsTogether, r) on as many of the rows [r, last) as come kCount at a time, and tells where the rest begins.
+template <int kCount, bool kIsOneRun, class F>
+BN_INLINE int64_t each_rows(int64_t r, int64_t last, const F& f) {
+  for (; r + kCount <= last; r += kCount) f(RowsTogether<kCount, kIsOneRun>{}, r);
+  return r;
 }
 
 /// Asks for what comes some kilobytes behind such rows: where they are one run, in the order of memory, though they are read
