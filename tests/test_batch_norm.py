@@ -29,6 +29,7 @@ SHAPES = [
     (5, 4, 7),
     (33, 6, 4),
     (1, 2, 3001),
+    (1, 2, 9001),
     (2, 3, 1, 2),
     (4, 5, 6, 7),
     (3, 17, 5, 13),
@@ -216,6 +217,22 @@ def test_statistics_keep_their_digits_far_from_zero():
     for actual, expected in zip(kernels, exact, strict=True):
         error = (actual.double() - expected).abs().max() / expected.abs().max()
         assert error < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 9, 40, 41), (9, 16, 14, 14), (8, 24, 7, 7)])
+def test_a_beginning_unlike_the_rest_does_not_mislead(shape, layout, dtype):
+    """Of every other channel the first elements lie about 0 and the rest far off, of the others the reverse."""
+    x, dy = torch.randn(shape), torch.randn(shape).to(dtype)
+    x[:, ::2] += 1e3
+    x[:, :, :2] = torch.randn_like(x[:, :, :2])
+    x[:, 1::2, :2] -= 1e3
+    x, dy = LAYOUTS[layout](x.to(dtype)), LAYOUTS[layout](dy)
+    kernels, exact = both(x, dy, parameters(shape[1], dtype), True, momentum=1.0)
+    for actual, expected in zip(kernels, exact, strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert error < (1e-5 if actual.dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
