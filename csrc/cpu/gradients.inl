@@ -241,15 +241,15 @@ __attribute__((flatten)) void run_gradients(const BackwardParams& p, const Group
     s1 += dz;
     s2 += dz * deviation;
   };
-  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
-    const int64_t rows = least(kRunRows, planes.last - plane);
+  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows<D>) {
+    const int64_t rows = least(kRunRows<D>, planes.last - plane);
     if constexpr (kIsCurved<D>) {
       typename D::Compute first[kReducedRun + kSlack], second[kReducedRun + kSlack];
       const Forwarded<D> here{center, scale, shift};
       sum_few_gradients<D, kEnding>(p, outers, {plane, plane + rows}, c, width * inner, 1, here, first, second);
       add_columns<Parameter<D>>(width, inner, first, second, wide, plane == planes.first);
     } else {
-      UpstreamGradient<D, kEnding> row[kRunRows];
+      UpstreamGradient<D, kEnding> row[kRunRows<D>];
       for (int64_t j = 0; j < rows; ++j) row[j] = UpstreamGradient<D, kEnding>(p, outers[plane + j], c, 0);
       add_runs<D>(row, rows, width, inner, fetch, add, wide, plane == planes.first);
     }

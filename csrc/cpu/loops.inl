@@ -22,9 +22,10 @@ enum class Ending { none, relu, general, masked };
 constexpr bool forwards_again(Ending ending) { return ending == Ending::relu || ending == Ending::general; }
 constexpr bool has_two_gradients(Ending ending) { return ending == Ending::general || ending == Ending::masked; }
 
-constexpr int64_t kPlaneBlock = BN_VECTOR_BYTES < 64 ? 512 : 1024;  // elements of a plane that are summed in one loop
+/// Elements of a plane that are summed in one loop: in four chains of sixteen registers, as rounding grows with their length.
+constexpr int64_t kPlaneBlock = 4 * 16 * BN_VECTOR_BYTES / sizeof(float);
 
-/// How many elements are added up in four chains of registers: short ones, as rounding grows with their length.
+/// How many elements may be added up in the same chains: of half types, which round more themselves, twice as many.
 template <class D>
 constexpr int64_t kChained = kPlaneBlock * kNarrowing<D>;
 

@@ -77,9 +77,9 @@ __attribute__((flatten)) void sum_run_deviations(const ForwardParams& p, const G
     s1 += d;
     s2 += d * d;
   };
-  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows) {
-    const int64_t rows = least(kRunRows, planes.last - plane);
-    const typename D::Element* row[kRunRows];
+  for (int64_t plane = planes.first; plane < planes.last; plane += kRunRows<D>) {
+    const int64_t rows = least(kRunRows<D>, planes.last - plane);
+    const typename D::Element* row[kRunRows<D>];
     for (int64_t j = 0; j < rows; ++j) row[j] = x + outers[plane + j] * p.x_strides.outer;
     add_runs<D>(row, rows, width, inner, fetch, add, wide, plane == planes.first);
   }

@@ -3,9 +3,12 @@
 // over several planes of a channel, which coefficients spread once serve.
 
 constexpr int64_t kMappedRun = 2048, kReducedRun = 1024;  // elements at most: their coefficients stay in the nearest cache
-constexpr int64_t kRunRows = 16;                          // are summed in the compute type
 constexpr int kRunChannels = kReducedRun / (kTinyPlane + 1) + 1;  // at most are reduced as one run
-constexpr int64_t kSlack = kLanes<F32>;                   // what is spread may reach as far beyond a run
+constexpr int64_t kSlack = kLanes<F32>;                           // what is spread may reach as far beyond a run
+
+/// Planes of a channel that are summed in the compute type.
+template <class D>
+constexpr int64_t kRunRows = 16 * kNarrowing<D>;
 
 constexpr int64_t kSoonEnding = 64;  // elements of a plane that loses much by its end
 
