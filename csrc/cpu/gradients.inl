@@ -112,8 +112,11 @@ __attribute__((flatten)) void plane_group_gradients(const BackwardParams& p, con
           sums.add(s.count, add, [](int64_t) {});
         }
       };
-      if (kSkipsZero<D> && !kIsCurved<D> && forwarded.center[c] == 0) sum_about([](Vec<D> x) BN_INLINED { return x; });
-      else sum_about([=](Vec<D> x) BN_INLINED { return x - center; });
+      const auto from_center = [=](Vec<D> x) BN_INLINED { return x - center; };
+      if constexpr (kIsArithmetic<D> && !kIsCurved<D>)
+        forwarded.center[c] == 0 ? sum_about([](Vec<D> x) BN_INLINED { return x; }) : sum_about(from_center);
+      else
+        sum_about(from_center);
       wide[c - channels.first].add(sums, unit == units.first);
     }
   }
@@ -176,7 +179,7 @@ BN_INLINE bool is_one_run(const BackwardParams& p, int64_t width) {
 template <class D>
 int rows_together(const BackwardParams& p, int64_t width) {
   if (kIsCurved<D>) return 1;
-  if (kNarrowing<D> > 1 && side_by_side<D>(p.extent, is_one_run(p, width))) return 4;
+  if (kIsArithmetic<D> && side_by_side<D>(p.extent, is_one_run(p, width))) return 4;
   return width >= kLongRow<D> ? 2 : 1;
 }
 
@@ -204,7 +207,7 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   };
   int64_t r = rows.first;
   if constexpr (!kIsCurved<D>) {
-    if constexpr (kNarrowing<D> > 1)
+    if constexpr (kIsArithmetic<D>)
       if (together == 4) r = each_rows<4, true>(r, rows.last, add);
     if (together == 2)
       r = is_one_run(p, width) ? each_rows<2, true>(r, rows.last, add) : each_rows<2, false>(r, rows.last, add);

@@ -29,9 +29,10 @@ constexpr int64_t kPlaneBlock = 4 * 16 * BN_VECTOR_BYTES / sizeof(float);
 template <class D>
 constexpr int64_t kChained = kPlaneBlock * kNarrowing<D>;
 
-/// Whether the sums of planes are arithmetic rather than memory, so that it pays to leave out a pivot or center of 0.
+/// Whether reductions are arithmetic rather than memory, so that it pays to leave out a pivot or center of 0, and to take
+/// more rows side by side.
 template <class D>
-constexpr bool kSkipsZero = D::kTrained && kNarrowing<D> > 1;
+constexpr bool kIsArithmetic = D::kTrained && kNarrowing<D> > 1;
 
 /// Two sums over the same elements, in four independent chains.
 template <class D>

@@ -51,8 +51,11 @@ __attribute__((flatten)) void sum_plane_deviations(const ForwardParams& p, const
         }
       };
       const Vec<D> center = splat<D>(pivot[c]);
-      if (kSkipsZero<D> && pivot[c] == 0) sum_about([](Vec<D> x) BN_INLINED { return x; });
-      else sum_about([=](Vec<D> x) BN_INLINED { return x - center; });
+      const auto from_center = [=](Vec<D> x) BN_INLINED { return x - center; };
+      if constexpr (kIsArithmetic<D>)
+        pivot[c] == 0 ? sum_about([](Vec<D> x) BN_INLINED { return x; }) : sum_about(from_center);
+      else
+        sum_about(from_center);
       wide[c].add(sums, unit == units.first);
     }
   }
@@ -115,7 +118,7 @@ void plane_moments(const ForwardParams& p, const Partition& cut, const GroupOute
     const auto* from = place_of<D>(p.x, p.x_strides, opening, c);
     const Vec<D> x = few == kLanes<D> ? load<D>(from) : load<D>(from, few);
     const Compute mean = likely ? Compute(likely[c]) : sum_of_lanes<D>(x) * per_few;
-    if (kSkipsZero<D> && 2 * mean * mean <= sum_of_lanes<D>(x * x) * per_few) return Compute(0);
+    if (kIsArithmetic<D> && 2 * mean * mean <= sum_of_lanes<D>(x * x) * per_few) return Compute(0);
     return finite_or_zero(mean);
   };
   Compute pivot[kRunChannels];
