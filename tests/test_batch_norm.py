@@ -221,18 +221,21 @@ def test_statistics_keep_their_digits_far_from_zero():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 9, 40, 41), (9, 16, 14, 14), (8, 24, 7, 7)])
+@pytest.mark.parametrize("shape", [(2, 3, 200, 201), (8, 24, 7, 7)])
 def test_a_beginning_unlike_the_rest_does_not_mislead(shape, layout, dtype):
-    """Of every other channel the first elements lie about 0 and the rest far off, of the others the reverse."""
+    """Every other channel lies far off but for its first elements, which lie about 0, and the others the reverse. Sums
+    about the mean of so few elements of so many would miss the variance by 8e-6 and more."""
     x, dy = torch.randn(shape), torch.randn(shape).to(dtype)
     x[:, ::2] += 1e3
-    x[:, :, :2] = torch.randn_like(x[:, :, :2])
-    x[:, 1::2, :2] -= 1e3
+    x[0, ::2, 0, :8] -= 1e3
+    x[0, 1::2, 0, :8] += 1e3
     x, dy = LAYOUTS[layout](x.to(dtype)), LAYOUTS[layout](dy)
     kernels, exact = both(x, dy, parameters(shape[1], dtype), True, momentum=1.0)
-    for actual, expected in zip(kernels, exact, strict=True):
+    for actual, expected in zip(kernels[:4], exact[:4], strict=True):
         error = (actual.double() - expected).abs().max() / expected.abs().max()
         assert error < (1e-5 if actual.dtype == torch.float32 else 2**-8)
+    for actual, expected in zip(kernels[4:], exact[4:], strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=4e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
