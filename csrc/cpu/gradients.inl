@@ -136,15 +136,12 @@ BN_INLINE void add_gradients(const UpstreamGradient<D, kEnding> (&rows)[kRows], 
   if constexpr (forwards_again(kEnding))
     scale = load<P>(forwarded.scale + c, count), shift = load<P>(forwarded.shift + c, count);
   Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
-  const auto add = [&](auto... row) BN_INLINED {
+  with_rows<kRows>([&](auto... row) BN_INLINED {
     const Vec<D> deviation[] = {(load<D>(rows[row].x + c, count) - center)...};
     const Vec<D> dz[] = {rows[row].dz(c, count, deviation[row], scale, shift)...};
     s1 += sum_of((dz[row])...);
     s2 += sum_of((dz[row] * deviation[row])...);
-  };
-  if constexpr (kRows == 4) add(0, 1, 2, 3);
-  else if constexpr (kRows == 2) add(0, 1);
-  else add(0);
+  });
   store<P>(first + c, s1, count);
   store<P>(second + c, s2, count);
 }
@@ -192,8 +189,8 @@ __attribute__((flatten)) void sum_few_gradients(const BackwardParams& p, const G
   OuterWalk walk(outers, rows.first);
   for (int64_t c = 0; c < width; ++c) first[c] = second[c] = 0;
   const int64_t x_stride = p.x_strides.outer, dy_stride = p.dy_strides.outer;
-  const auto add = [&](auto side_by_side, int64_t) BN_INLINED {
-    using Together = decltype(side_by_side);
+  const auto add = [&](auto some, int64_t) BN_INLINED {
+    using Together = decltype(some);
     constexpr int kRows = Together::kRows;
     if constexpr (kIsCurved<D>)
       return add_curved_gradients<D, kEnding>(p, walk.next(), column, width, forwarded, first, second);

@@ -248,8 +248,9 @@ BN_INLINE Segment segment_of(const Extent& e, const Partition& cut, const GroupO
 
 /// The segments of such units together, found once for all channels side by side.
 struct Segments {
+  static constexpr int kMost = kMostPlanes > kMostParts ? kMostPlanes : kMostParts;
   int count = 0;
-  Segment at[kMostPlanes];
+  Segment at[kMost];
 
   Segments(const Extent& e, const Partition& cut, const GroupOuters& outers, Range units) {
     for (int64_t unit = units.first; unit < units.last; ++unit) at[count++] = segment_of(e, cut, outers, unit);

@@ -165,13 +165,11 @@ BN_INLINE void add_deviations(Rows, const typename D::Element* const* row, int64
     if (!kIsSecond<decltype(count)>) next.ask(c);
     const Vec<D> middle = load<P>(center + c, count);
     Vec<D> s1 = load<P>(first + c, count), s2 = load<P>(second + c, count);
-    const auto add = [&](auto... k) BN_INLINED {
+    with_rows<kRows>([&](auto... k) BN_INLINED {
       const Vec<D> deviation[] = {(load<D>(at[k] + c, count) - middle)...};
       s1 += sum_of((deviation[k])...);
       s2 += sum_of((deviation[k] * deviation[k])...);
-    };
-    if constexpr (kRows == 4) add(0, 1, 2, 3);
-    else add(0);
+    });
     store<P>(first + c, s1, count);
     store<P>(second + c, s2, count);
   });

@@ -32,8 +32,8 @@ struct RowsTogether {
 template <class D>
 constexpr int64_t kLongRow = 2048 / kNarrowing<D>;
 
-/// Whether rows of any length are: where they are one run of memory, and the tensor no larger than a part of the last-level
-/// cache.
+/// Whether rows of any length are: where they are one run of memory, and the tensor is not so large that a cache has none of
+/// it.
 template <class D>
 BN_INLINE bool side_by_side(const Extent& e, bool one_run) {
   constexpr int64_t kFar = 8 << 20;
@@ -52,6 +52,16 @@ BN_INLINE V sum_of(V a, V b) {
 template <class V>
 BN_INLINE V sum_of(V a, V b, V c, V d) {
   return (a + b) + (c + d);
+}
+
+/// Calls f with the numbers of kRows rows, from 0 on.
+template <int... kRow, class F>
+BN_INLINE void with_rows(std::integer_sequence<int, kRow...>, const F& f) {
+  f(kRow...);
+}
+template <int kRows, class F>
+BN_INLINE void with_rows(const F& f) {
+  with_rows(std::make_integer_sequence<int, kRows>{}, f);
 }
 
 /// Calls f(RowsTogether, r) on as many of the rows [r, last) as come kCount at a time, and tells where the rest begins.
