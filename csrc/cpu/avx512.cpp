@@ -22,6 +22,7 @@ namespace {
 #include "folding.inl"
 #include "finish.inl"
 #include "passes.inl"
+#include "sharing.inl"
 #include "schedule.inl"
 #include "kernels.inl"
 }  // namespace

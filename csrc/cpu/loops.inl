@@ -6,14 +6,6 @@ BN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 BN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class Body>
-void parallel_for(const Executor& executor, int64_t count, int64_t grain, const Body& body) {
-  executor.parallel_for(
-      count, grain,
-      [](void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); },
-      const_cast<Body*>(&body));
-}
-
 /// What comes after the normalisation, as far as the loops differ: nothing; relu alone; anything, also a gradient to leave
 /// out; or a residual and then relu, of which a mask is kept.
 enum class Ending { none, relu, general, masked };

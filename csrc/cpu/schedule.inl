@@ -1,4 +1,4 @@
-// Which piece of a pass goes to which thread, and when. Compiled once for all passes.
+// In which pieces a pass is done, and in which order. Compiled once for all passes.
 
 constexpr int64_t kSerialElements = 1 << 15;  // less is not worth waking a thread
 
@@ -47,15 +47,10 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   const int64_t height = rows ? least(run, most(kRows, kTile / width)) : 1, down = ceil_div(run, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
   const Grouping grouping(e);
-  parallel_for(executor, e.outer / run * down * across, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t tile = from_end ? first + last - 1 - i : i, column = tile % across * width;
-      const int64_t piece = tile / across, from = piece % down * height;
-      const int64_t outer = e.groups == 1 ? 0 : grouping.first_outer(piece / down);
-      steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)},
-                0);
-    }
-    end_streaming();
+  share_pieces(executor, e.outer / run * down * across, grain, from_end, [&](int64_t tile, bool) {
+    const int64_t column = tile % across * width, piece = tile / across, from = piece % down * height;
+    const int64_t outer = e.groups == 1 ? 0 : grouping.first_outer(piece / down);
+    steps.map(steps.self, {outer + from, outer + least(run, from + height)}, {column, least(e.channels, column + width)}, 0);
   });
 }
 
@@ -73,23 +68,20 @@ void run_blocks(const Steps& steps, const Executor& executor, int64_t block, int
   const Extent& e = steps.extent;
   const Folding& f = steps.folding;
   const int64_t slices = steps.cut.slices;
-  parallel_for(executor, ceil_div(f.channels, block), grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Range channels{i * block, least(f.channels, (i + 1) * block)};
-      const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
-      const int64_t next = e.inner > 1 && i + 1 < last ? block : 0;
-      const auto in_all_groups = [&](auto step) {
-        for (int64_t group = 0, at = 0; group < e.groups; ++group, at += f.channels)
-          step(steps.self, {at + channels.first, at + channels.last});
-      };
-      in_all_groups(steps.prepare);
-      for (int64_t group = 0; group < e.groups; ++group)
-        for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns, next);
-      in_all_groups(steps.finish);
-      if (f.groups == 1) steps.conclude(steps.self, channels);
-      steps.map(steps.self, {0, e.outer}, columns, next);
-    }
-    end_streaming();
+  share_pieces(executor, ceil_div(f.channels, block), grain, false, [&](int64_t i, bool more) {
+    const Range channels{i * block, least(f.channels, (i + 1) * block)};
+    const Range columns{channels.first * f.repeat, channels.last * f.repeat * f.fold};
+    const int64_t next = e.inner > 1 && more ? block : 0;
+    const auto in_all_groups = [&](auto step) {
+      for (int64_t group = 0, at = 0; group < e.groups; ++group, at += f.channels)
+        step(steps.self, {at + channels.first, at + channels.last});
+    };
+    in_all_groups(steps.prepare);
+    for (int64_t group = 0; group < e.groups; ++group)
+      for (int64_t slice = 0; slice < slices; ++slice) steps.reduce(steps.self, group, slice, columns, next);
+    in_all_groups(steps.finish);
+    if (f.groups == 1) steps.conclude(steps.self, channels);
+    steps.map(steps.self, {0, e.outer}, columns, next);
   });
   if (f.groups > 1) conclude(steps, executor);
 }
@@ -106,15 +98,11 @@ void run_steps(const Steps& steps, const Executor& executor) {
                  [&](int64_t first, int64_t last) { step({first, last}); });
   };
   over_channels([&](Range walked) { steps.prepare(steps.self, walked); });
-  parallel_for(executor, apart * slices * blocks, ceil_div(kSerialElements, elements + 1),
-               [&](int64_t first, int64_t last) {
-                 for (int64_t i = first; i < last; ++i) {
-                   const int64_t part = i / blocks, begin = i % blocks * block, group = part / slices * together;
-                   const Range columns{begin, least(e.channels, begin + block)};
-                   for (int64_t g = group; g < group + together; ++g)
-                     steps.reduce(steps.self, g, part % slices, columns, 0);
-                 }
-               });
+  share_pieces(executor, apart * slices * blocks, ceil_div(kSerialElements, elements + 1), false, [&](int64_t i, bool) {
+    const int64_t part = i / blocks, begin = i % blocks * block, group = part / slices * together;
+    const Range columns{begin, least(e.channels, begin + block)};
+    for (int64_t g = group; g < group + together; ++g) steps.reduce(steps.self, g, part % slices, columns, 0);
+  });
   const bool one_group = e.groups * steps.folding.groups == 1;
   over_channels([&](Range walked) {
     steps.finish(steps.self, walked);
