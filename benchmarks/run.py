@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import torch
@@ -20,10 +20,11 @@ PLACEMENTS = 3
 
 @dataclass(frozen=True)
 class Effort:
-    """For a whole run: the seconds it may take, and the rounds that a measurement makes even if they take longer."""
+    """For a whole run: the seconds it may take, and the rounds and seconds of a measurement even if that takes longer."""
 
     seconds: float
     least_rounds: int
+    least_seconds: float = 0.0
 
 
 def measure_cases(
@@ -36,7 +37,7 @@ def measure_cases(
     end = monotonic() + effort.seconds
     for index, case in enumerate(cases):
         now = monotonic()
-        share = Effort((end - now) / (len(cases) - index), effort.least_rounds)
+        share = replace(effort, seconds=(end - now) / (len(cases) - index))
         yield from _measure_case(case, providers, copy, share, setting)
 
 
@@ -63,7 +64,8 @@ def _measure_case(
                 contenders.append(copy_contender(sets[COPY]))
             left = (PLACEMENTS - placement) * len(DIRECTIONS) - index
             with torch.set_grad_enabled(direction != "inference"):
-                times = sample(contenders, (end - monotonic()) / left, -(-effort.least_rounds // PLACEMENTS))
+                seconds = max((end - monotonic()) / left, effort.least_seconds / PLACEMENTS)
+                times = sample(contenders, seconds, -(-effort.least_rounds // PLACEMENTS))
             for name, values in times.items():
                 samples[direction][name] += values
     for direction, times in samples.items():
