@@ -66,8 +66,8 @@ struct UpstreamGradient {
         if (curved.kept) store<D>(curved.kept + i, dz, count);
       return dz;
     }
+    if constexpr (kEnding == Ending::masked) return load_marked<D>(dy, mask, i, count);
     const Vec<D> gradient = load<D>(dy + i, count);
-    if constexpr (kEnding == Ending::masked) return keep_marked<D>(gradient, mask, i, count);
     if (kEnding == Ending::none || (kEnding == Ending::general && activation == Activation::none)) return gradient;
     Vec<D> z = deviation * scale + shift;
     if (kEnding == Ending::general && residual) z += load<D>(residual + i, count);

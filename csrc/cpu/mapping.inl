@@ -40,6 +40,7 @@ BN_INLINE void map_run(const Map& map, const typename Map::At (&at)[kRows], int6
         const int64_t first = i + pair * 2 * L, second = first + apart;
         const auto &k = channel_at(first, one), &next = channel_at(second, other);
         firsts[pair] = map(at[row], first, one, k), seconds[pair] = map(at[row], second, other, next);
+        if constexpr (Map::kMarksTwo && kInPairs) map.end_two(at[row], first, firsts[pair], seconds[pair]);
       }
 #pragma GCC unroll 2
       for (int o = 0; o < Map::kOutputs; ++o) {

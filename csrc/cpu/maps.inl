@@ -65,7 +65,8 @@ struct NormalizeParams {
 template <class D, Ending kEnding, bool kWithin = false>
 struct Normalize {
   static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
-  static constexpr bool kMayLackOutput = false, kInOrder = kEnding == Ending::masked;  // as the bits it writes
+  static constexpr bool kMayLackOutput = false, kMarks = kEnding == Ending::masked;
+  static constexpr bool kMarksTwo = kMarks && D::kAlternates, kInOrder = kMarks && !kMarksTwo;  // as the bits it writes
   using Element = typename D::Element;
   const NormalizeParams p;
   const Extent& extent;
@@ -132,8 +133,11 @@ struct Normalize {
     if constexpr (kEnding == Ending::masked) {
       prefetch_away(a.residual + i, p.residual_away, count);
       z += load<D>(a.residual + i, count);
-      mark<D, kWithin>(a.mask, i, z, count);
-      z = relu(z);
+      constexpr bool kIsEndedByTwo = kMarksTwo && (kIsFirst<Count> || kIsSecond<Count>);
+      if constexpr (!kIsEndedByTwo) {
+        mark<D, kWithin>(a.mask, i, z, count);
+        z = relu(z);
+      }
     }
     if constexpr (kEnding == Ending::relu) z = relu(z);
     if constexpr (kEnding == Ending::general) {
@@ -145,6 +149,12 @@ struct Normalize {
     }
     return {{z}};
   }
+  /// The ending of two registers, from which the bits of both are made at once.
+  BN_INLINED void end_two(const At& a, int64_t i, Results<D, 1>& even, Results<D, 1>& odd) const {
+    mark_two<D, kWithin>(a.mask, i, even.values[0], odd.values[0]);
+    even.values[0] = relu(even.values[0]);
+    odd.values[0] = relu(odd.values[0]);
+  }
 };
 
 /// (dy, x) to dx and dresidual with coefficients center, slope, bend, shift, and the forward's scale and shift.
@@ -152,7 +162,7 @@ struct Normalize {
 template <class D, Ending kEnding, bool kInPlace = false, bool kMayLack = has_two_gradients(kEnding)>
 struct NormalizeGradient {
   static constexpr int kOutputs = has_two_gradients(kEnding) ? 2 : 1, kCoefficients = forwards_again(kEnding) ? 6 : 4;
-  static constexpr bool kMayLackOutput = kMayLack, kInOrder = false;
+  static constexpr bool kMayLackOutput = kMayLack, kMarksTwo = false, kInOrder = false;
   using Element = typename D::Element;
   const BackwardParams& p;
   const int64_t x_away, dy_away;  // as in Normalize

@@ -41,6 +41,24 @@ BN_INLINE unsigned let_through(Vec<D> z) {
 #endif
 }
 
+/// The same of two registers whose lanes alternate, in the order of memory.
+template <class D>
+BN_INLINE unsigned let_through(Vec<D> even, Vec<D> odd) {
+  constexpr int kAll = 2 * kLanes<D>;
+  const auto stopped = [](Vec<D> z) BN_INLINED { return (BothHalves)(z <= Vec<D>{}); };
+  const BothHalves both = alternating(stopped(even), stopped(odd), std::make_integer_sequence<int, kAll>{});
+#if defined(__x86_64__) && BN_VECTOR_BYTES == 32
+  typedef short Shorts __attribute__((vector_size(16)));
+  constexpr auto kHalf = std::make_integer_sequence<int, kLanes<D>>{};
+  const auto bytes = __builtin_ia32_packsswb128((Shorts)lower_half(both, kHalf), (Shorts)upper_half(both, kHalf));
+  return unsigned(__builtin_ia32_pmovmskb128(bytes)) ^ ((1u << kAll) - 1);
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kAll; ++i) bits |= both[i] ? 0 : 1u << i;
+  return bits;
+#endif
+}
+
 /// Where the bits of a run of adjacent elements begin: at that bit of the first byte.
 template <class Byte>
 struct BitsAt {
@@ -65,18 +83,26 @@ BN_INLINE void put_bits(const MarksAt& at, int64_t i, unsigned bits, int lanes) 
   for (int byte = 0; 8 * byte < before + lanes; ++byte) to[byte] = uint8_t(bits >> 8 * byte);
 }
 
-/// Marks what z lets through. kWithin: bits may begin within a byte.
-template <class D, bool kWithin>
-BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, All) {
-  constexpr int kBytes = kLanes<D> / 8;
-  unsigned bits = let_through<D>(z);
-  if constexpr (kLanes<D> % 8 > 0) return put_bits(at, i, bits, kLanes<D>);
+/// The same of kBytes bytes of bits, i a multiple of 8. kWithin: the first may begin within a byte.
+template <int kBytes, bool kWithin>
+BN_INLINE void put_bytes(const MarksAt& at, int64_t i, unsigned bits) {
   uint8_t* const to = at.bytes + uint64_t(i) / 8;
   if (kWithin && at.first > 0) {
     bits = bits << at.first | *to;
     to[kBytes] = uint8_t(bits >> 8 * kBytes);
   }
   __builtin_memcpy(to, &bits, kBytes);
+}
+
+/// Marks what z lets through.
+template <class D, bool kWithin>
+BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, All) {
+  if constexpr (kLanes<D> % 8 > 0) put_bits(at, i, let_through<D>(z), kLanes<D>);
+  else put_bytes<kLanes<D> / 8, kWithin>(at, i, let_through<D>(z));
+}
+template <class D, bool kWithin>
+BN_INLINE void mark_two(const MarksAt& at, int64_t i, Vec<D> even, Vec<D> odd) {
+  put_bytes<2 * kLanes<D> / 8, kWithin>(at, i, let_through<D>(even, odd));
 }
 template <class D, bool kWithin>
 BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, int lanes) {
@@ -88,30 +114,42 @@ BN_INLINE void mark(const MarksAt& at, int64_t i, Vec<D> z, Last last) {
   put_bits(at, i + seen, let_through<D>(z) >> seen, last.lanes);
 }
 
-/// v in the lanes whose bits are set, zero in the others. Each kApart-th bit stands for a lane.
-template <class D, int kApart, int... kLane>
+/// v in the lanes whose bits are set, zero in the others.
+template <class D, int... kLane>
 BN_INLINE Vec<D> keep_marked(Vec<D> v, unsigned bits, std::integer_sequence<int, kLane...>) {
 #if defined(__x86_64__) && BN_VECTOR_BYTES == 64 && !defined(__clang__)
-  if constexpr (sizeof(typename D::Compute) == 4 && kApart == 1)
-    return __builtin_ia32_movaps512_mask(v, Vec<D>{}, uint16_t(bits));
+  if constexpr (sizeof(typename D::Compute) == 4) return __builtin_ia32_movaps512_mask(v, Vec<D>{}, uint16_t(bits));
 #endif
-  constexpr Integers<D> kLaneBits = {(1u << kApart * kLane)...};
+  constexpr Integers<D> kLaneBits = {(1u << kLane)...};
   return ((Integers<D>{} + bits) & kLaneBits) != 0 ? v : Vec<D>{};
 }
+/// The same of elements of half types.
+template <int... kElement>
+BN_INLINE BothHalves keep_marked(BothHalves v, uint16_t bits, std::integer_sequence<int, kElement...>) {
+  constexpr BothHalves kBits = {uint16_t(1u << kElement)...};
+  return v & (BothHalves)(((BothHalves{} + bits) & kBits) == kBits);
+}
+template <class D>
+using AllElements = std::make_integer_sequence<int, 2 * kLanes<D>>;
 
 constexpr int64_t kSpareBytes = 3;  // behind a mask, so that the bits of a register may be read as one word
 
-/// v where the bits from that of element i on are set, else 0.
+/// A gradient where the bits from that of element i on are set, else 0.
 template <class D, class Count>
-BN_INLINE Vec<D> keep_marked(Vec<D> v, const MarkedAt& at, int64_t i, Count) {
+BN_INLINE Vec<D> load_marked(const typename D::Element* gradient, const MarkedAt& at, int64_t i, Count count) {
   constexpr bool kPair = kIsFirst<Count> || kIsSecond<Count>, kAlternate = kPair && D::kAlternates;
   constexpr bool kWholeBytes = (kIsAll<Count> || kPair) && kLanes<D> % 8 == 0;
-  if constexpr (kIsSecond<Count> && !kAlternate) i += kLanes<D>;
-  const uint64_t from = uint64_t(kWholeBytes ? i : at.first + i);
+  const int64_t place = kIsSecond<Count> && !kAlternate ? i + kLanes<D> : i;
+  const uint64_t from = uint64_t(kWholeBytes ? place : at.first + place);
   uint32_t bits;
   __builtin_memcpy(&bits, at.bytes + from / 8, sizeof bits);
-  bits >>= (kWholeBytes ? at.first : from % 8) + (kAlternate && kIsSecond<Count>);
-  return keep_marked<D, kAlternate ? 2 : 1>(v, bits, std::make_integer_sequence<int, kLanes<D>>{});
+  bits >>= kWholeBytes ? at.first : from % 8;
+  if constexpr (kAlternate) {
+    const Whole<D> kept = keep_marked(load_whole<D>(gradient + i), uint16_t(bits), AllElements<D>{});
+    return kIsFirst<Count> ? D::even(kept) : D::odd(kept);
+  } else {
+    return keep_marked<D>(load<D>(gradient + i, count), bits, std::make_integer_sequence<int, kLanes<D>>{});
+  }
 }
 
 /// In bits.
