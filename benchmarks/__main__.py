@@ -22,7 +22,7 @@ from .run import Effort, measure_cases
 DEVICE = "cpu"
 SAVED = f"{DEVICE}.csv"
 BUSY = 0.5  # processes besides this one, which has only just started
-FULL_EFFORT = Effort(seconds=510.0, least_rounds=9, least_seconds=0.3)
+FULL_EFFORT = Effort(seconds=510.0, least_rounds=9, least_seconds=1.0)
 QUICK_EFFORT = Effort(seconds=4.0, least_rounds=5)
 
 

@@ -20,7 +20,7 @@ PLACEMENTS = 3
 
 @dataclass(frozen=True)
 class Effort:
-    """For a whole run: the seconds it may take, and the rounds and seconds of a measurement even if that takes longer."""
+    """For a whole run: the seconds it may take; of a measurement: the rounds and seconds even if that takes longer."""
 
     seconds: float
     least_rounds: int
