@@ -65,8 +65,8 @@ struct NormalizeParams {
 template <class D, Ending kEnding, bool kWithin = false>
 struct Normalize {
   static constexpr int kOutputs = 1, kCoefficients = D::kWithRest ? 4 : 3;
-  static constexpr bool kMayLackOutput = false, kMarks = kEnding == Ending::masked;
-  static constexpr bool kMarksTwo = kMarks && D::kAlternates, kInOrder = kMarks && !kMarksTwo;  // as the bits it writes
+  static constexpr bool kMayLackOutput = false, kMarksTwo = kEnding == Ending::masked && D::kAlternates;
+  static constexpr bool kInOrder = kEnding == Ending::masked && !kMarksTwo;  // as the bits it writes
   using Element = typename D::Element;
   const NormalizeParams p;
   const Extent& extent;

@@ -41,23 +41,19 @@ BN_INLINE unsigned let_through(Vec<D> z) {
 #endif
 }
 
+#if defined(__x86_64__) && BN_VECTOR_BYTES == 32
 /// The same of two registers whose lanes alternate, in the order of memory.
 template <class D>
 BN_INLINE unsigned let_through(Vec<D> even, Vec<D> odd) {
+  typedef short Shorts __attribute__((vector_size(16)));
   constexpr int kAll = 2 * kLanes<D>;
+  constexpr auto kHalf = std::make_integer_sequence<int, kLanes<D>>{};
   const auto stopped = [](Vec<D> z) BN_INLINED { return (BothHalves)(z <= Vec<D>{}); };
   const BothHalves both = alternating(stopped(even), stopped(odd), std::make_integer_sequence<int, kAll>{});
-#if defined(__x86_64__) && BN_VECTOR_BYTES == 32
-  typedef short Shorts __attribute__((vector_size(16)));
-  constexpr auto kHalf = std::make_integer_sequence<int, kLanes<D>>{};
   const auto bytes = __builtin_ia32_packsswb128((Shorts)lower_half(both, kHalf), (Shorts)upper_half(both, kHalf));
   return unsigned(__builtin_ia32_pmovmskb128(bytes)) ^ ((1u << kAll) - 1);
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < kAll; ++i) bits |= both[i] ? 0 : 1u << i;
-  return bits;
-#endif
 }
+#endif
 
 /// Where the bits of a run of adjacent elements begin: at that bit of the first byte.
 template <class Byte>
