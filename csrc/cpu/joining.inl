@@ -69,30 +69,25 @@ BN_INLINE void join_plane(const Map& map, const typename Map::At& place, int64_t
   }
 }
 
-/// Applies a map to the planes of the channels, which lie side by side, at the given outers.
+/// Applies a map to the planes of the channels, which lie side by side, at the given outers: in turn where that gains, which
+/// half types and a residual to read leave no time for.
 template <class D, class Map>
 __attribute__((flatten)) void join_planes(const Map map, const Extent& e,
                                           const Coefficients<typename D::Compute>& coefficients, Range outers,
                                           Range channels) {
-  const int64_t inner = e.inner;
-  SharedLine<D> lines[Map::kOutputs];
-  for (int64_t outer = outers.first; outer < outers.last; ++outer) {
+  constexpr int kInTurn = kMapsInTurn<D, true, Map> && kNarrowing<D> == 1 ? kPlanesInTurn : 1;
+  const int64_t inner = e.inner, most_in_turn = map.adds() ? 1 : kInTurn;
+  SharedLine<D> lines[kInTurn][Map::kOutputs];
+  for (int64_t outer = outers.first, count; outer < outers.last; outer += count) {
+    count = least(most_in_turn, least(outers.last - outer, rest_of_group(e, outer)));
     const int64_t group = group_of(e, outer) * coefficients.columns;
     for (int64_t channel = channels.first; channel < channels.last; ++channel) {
       const typename Map::Channel k([&](int row) { return splat<D>(coefficients.row(row)[group + channel]); });
       const bool begins = channel == channels.first, ends = channel + 1 == channels.last;
-      join_plane<D>(map, map.at(outer, channel), inner, k, begins, ends, lines);
+      for (int64_t i = 0; i < count; ++i)
+        join_plane<D>(map, map.at(outer + i, channel), inner, k, begins, ends, lines[i]);
     }
   }
-}
-
-/// Whether the runs of these channels are whole lines of every output, at all outers if at the first two.
-template <class Map>
-bool runs_are_lines(const Map& map, int64_t bytes, Range channels) {
-  uintptr_t apart = uintptr_t(bytes);
-  for (int64_t outer = 0; outer < 2; ++outer)
-    for (const auto* out : map.at(outer, channels.first).out) apart |= reinterpret_cast<uintptr_t>(out);
-  return apart % 64 == 0;
 }
 
 /// in_runs: whether planes are walked so, where all outers are mapped. With AVX2 longer ones lose less by their ends than by

@@ -93,6 +93,7 @@ struct Normalize {
   int64_t channel_stride() const { return p.y_strides.channel; }
   bool overwrites() const { return p.x == p.y; }
   bool from_cache() const { return p.from_cache; }
+  bool adds() const { return p.residual; }
   static void skip(At& a, int64_t count) {
     a.x += count;
     if (a.residual) a.residual += count;
@@ -191,6 +192,7 @@ struct NormalizeGradient {
   int64_t channel_stride() const { return p.dx_strides.channel; }
   static constexpr bool overwrites() { return kInPlace; }
   bool from_cache() const { return cached; }
+  static constexpr bool adds() { return false; }
   static void skip(At& a, int64_t count) {
     a.from.dy += count;
     a.from.x += count;

@@ -35,7 +35,7 @@ Steps steps_of(const Pass& pass) {
           }};
 }
 
-/// The last map over everything, tile by tile: some rows, or some planes of one outer, of one group after another. Tiles of
+/// The last map over everything, tile by tile: some rows, or some planes of a few outers, of one group after another. Tiles of
 /// rows are large, as they are quicker to map, where all threads still have many.
 void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   constexpr int64_t kTile = 1 << 15, kLargeTile = 1 << 17, kMany = 16, kRows = 32, kWidest = 8192;
@@ -43,11 +43,11 @@ void run_map(const Steps& steps, const Executor& executor, bool from_end) {
   const bool rows = e.inner == 1;
   const int64_t shared = e.outer * e.channels / (kMany * executor.threads);
   const int64_t row_tile = least(kLargeTile, most(kTile, shared));
-  const int64_t planes = ceil_div(ceil_div(kTile, e.inner), steps.together) * steps.together;
+  const int64_t planes = ceil_div(ceil_div(kTile, kPlanesInTurn * e.inner), steps.together) * steps.together;
   const int64_t width = least(e.channels, rows ? kWidest : planes);
   const int64_t across = ceil_div(e.channels, width);
   const int64_t run = e.groups == 1 ? e.outer : e.outer_per_example;  // outers of one group, one after another
-  const int64_t height = rows ? least(run, most(kRows, row_tile / width)) : 1, down = ceil_div(run, height);
+  const int64_t height = least(run, rows ? most(kRows, row_tile / width) : kPlanesInTurn), down = ceil_div(run, height);
   const int64_t grain = ceil_div(kSerialElements, width * height * e.inner);
   const Grouping grouping(e);
   share_pieces(executor, e.outer / run * down * across, grain, from_end, [&](int64_t tile, bool) {

@@ -58,7 +58,7 @@ const std::vector<Extent> far_extents = {{40, 7, 1}, {300, 37, 1}, {640, 6, 1}, 
 const std::vector<Extent> written_by_lines = {{40, 544, 1}, {90, 32, 1},     {3, 4, 1040},      {2, 6, 5000},  {5, 9, 196},
                                               {4, 8, 144},  {2, 9, 49},      {3, 7, 33},        {2, 3, 1025},  {24, 24, 196},
                                               {6, 24, 49},  {7, 5, 32, 1, 2}, {8, 6, 50, 2, 2}, {1, 9, 196},
-                                              {8, 24, 49, 1, 2}, {6, 9, 196, 1, 3}};
+                                              {8, 24, 49, 1, 2}, {6, 9, 196, 1, 3}, {5, 4, 352}, {9, 3, 160, 3, 2}};
 constexpr unsigned kY = 1 << 2, kDx = 1 << 4, kDresidual = 1 << 5;
 
 void check_written_by_lines(const Backend& backend) {
