@@ -69,8 +69,8 @@ BN_INLINE void join_plane(const Map& map, const typename Map::At& place, int64_t
   }
 }
 
-/// Applies a map to the planes of the channels, which lie side by side, at the given outers: in turn where that gains, which
-/// half types and a residual to read leave no time for.
+/// Applies a map to the planes of the channels, which lie side by side, at the given outers; in turn, but for half types and
+/// with a residual, which lose by it.
 template <class D, class Map>
 __attribute__((flatten)) void join_planes(const Map map, const Extent& e,
                                           const Coefficients<typename D::Compute>& coefficients, Range outers,
