@@ -57,6 +57,14 @@ struct UpstreamGradient {
     block.differentiate(activation, curved.number, n, dy);
     curved.found = block.gradient;
   }
+  /// Leaves dz where dz() would, but past the caches.
+  void keep_past_cache(int64_t n, const CurvedBlock<D>& block) {
+    constexpr int64_t L = kLanes<D>;
+    const int64_t whole = n / L * L;
+    for (int64_t i = 0; i < whole; i += L) stream<D>(curved.kept + i, load_whole<Parameter<D>>(block.gradient + i));
+    for (int64_t i = whole; i < n; ++i) curved.kept[i] = block.gradient[i];
+    curved.kept = nullptr;
+  }
   /// dz of one register; scale and shift are the forward's, to find the normalised value again.
   template <class Count>
   Vec<D> dz(int64_t i, Count count, Vec<D> deviation, Vec<D> scale, Vec<D> shift) const {
@@ -75,10 +83,11 @@ struct UpstreamGradient {
   }
 };
 
-/// What the reduction needs to know of the forward map.
+/// What the reduction needs to know of the forward map, and whether rows keep their gradient past the caches.
 template <class D>
 struct Forwarded {
   const typename D::Compute *center, *scale, *shift;  // [columns]
+  bool kept_past_cache = false;
 };
 
 /// The sums over the units [first, last) of at most kPlanes channels.
@@ -162,6 +171,8 @@ BN_INLINE void add_curved_gradients(const BackwardParams& p, int64_t outer, int6
     };
     UpstreamGradient<D, kEnding> row[] = {{p, outer, column, begin}};
     row->find(n, forwarded_at, block);
+    if constexpr (kKeepsGradient<D> && kHasLines<D>)
+      if (forwarded.kept_past_cache && row->curved.kept) row->keep_past_cache(n, block);
     each_register<D>(0, n, [&](int64_t c, auto count) {
       add_gradients<D, kEnding>(row, c, count, here, first + begin, second + begin);
     });
@@ -289,7 +300,7 @@ void row_gradients(const BackwardParams& p, const GroupOuters& outers, Range row
     copy_arranged<D>(values + c, width, scratch.constant(k));
     return scratch.constant(k);
   };
-  Forwarded<D> here{copy(0, forwarded.center), nullptr, nullptr};
+  Forwarded<D> here{copy(0, forwarded.center), nullptr, nullptr, forwarded.kept_past_cache};
   if constexpr (kConstants > 1) here.scale = copy(1, forwarded.scale), here.shift = copy(2, forwarded.shift);
   auto *const first = scratch.first(), *const second = scratch.second();
   for (int64_t i = 0; i < width; ++i) sum_dz[c + i] = sum_dz_deviation[c + i] = 0;

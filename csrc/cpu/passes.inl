@@ -188,7 +188,7 @@ struct Backward {
   void reduce(int64_t group, int64_t slice, Range columns, int64_t next) const {
     const Part part(work, group, slice);
     const auto row = [&](int k) { return work.coefficients.row(k) + group * p.extent.channels; };
-    const Forwarded<E> forwarded{row(0), row(4), row(5)};
+    const Forwarded<E> forwarded{row(0), row(4), row(5), p.extent.inner == 1 && writing == Writing::streamed};
     double *dz = work.first + part.at, *dz_deviation = work.second + part.at;
     if (p.extent.inner == 1)
       return row_gradients<E, kEnding>(p, part.outers, part.units, columns, forwarded, dz, dz_deviation);
